@@ -1,0 +1,446 @@
+"""State in, files out, and back: everything a run needs to go on bit for bit.
+
+A checkpoint is a folder of safetensors and JSON files, written beside the others, made durable, and
+committed by one rename; whatever stops the program, the newest committed one is complete. No file
+can run code when it is loaded, and every byte of it stands under a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from fastshift.errors import CheckpointError
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "ScoreLog",
+    "load",
+    "load_supernet",
+    "save",
+    "save_supernet",
+    "truncate_log",
+]
+
+FORMAT = 1
+
+_FOLDER = "checkpoint"
+_LATEST = "LATEST"
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_SUPERNET = "supernet.safetensors"
+_TEMPORARY = ".tmp-"
+_NO_DIGEST = "0" * 64
+# The supernet's own checksum sits in its header, written as if it were all zeros.
+_DIGEST = re.compile(rb'\{\\"sha256\\":\\"([0-9a-f]{64})\\"')
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` found: the tensors by group and name (on the CPU), and the rest of the state."""
+
+    serial: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    root: str | Path,
+    serial: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Commit a checkpoint to `root/checkpoint/SERIAL/`, then remove all but the newest `keep`.
+
+    Killed at any moment, or out of space, the checkpoint committed before stays valid and `load`
+    returns it. Tensors that share memory are stored apart. Floats in `state` come back exactly (NaN
+    and infinities included), integers of any size, tuples as lists.
+
+    Args:
+        root: the run directory.
+        serial: the checkpoint's number, greater than that of the one committed last.
+        tensors: group -> name -> tensor; each group is one safetensors file.
+        state: JSON-able values with string keys.
+        keep: how many committed checkpoints stay, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: `serial`, `keep`, a group's name, or a value of `state` JSON cannot hold.
+        CheckpointError: the files cannot be written (disk full, no permission).
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, expected at least 1")
+    if serial < 0:
+        raise ValueError(f"serial is {serial}, expected a number from 0")
+    _check_json(state, "state")
+    files = {_STATE: _json_bytes(state)}
+    for group, members in tensors.items():
+        if not re.fullmatch(r"\w[\w.-]*", group):
+            raise ValueError(f"tensors has the group {group!r}, expected a plain file name")
+        files[f"{group}.safetensors"] = _tensor_bytes(members, group)
+    manifest = {
+        "format": FORMAT,
+        "serial": serial,
+        "files": {
+            name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()
+        },
+    }
+    files[_MANIFEST] = _json_bytes(manifest)
+
+    folder = Path(root) / _FOLDER
+    temporary, target = folder / f"{_TEMPORARY}{serial}", folder / f"{serial:08d}"
+    committed = _committed(folder)
+    if committed is not None and serial <= int(committed[0]):
+        raise ValueError(f"serial is {serial}, expected above {int(committed[0])}, the last")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _prune(folder, committed[0] if committed else None, keep)
+        temporary.mkdir()
+        for name, data in files.items():
+            _write(temporary / name, data)
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(folder)
+        latest = f"{target.name}\n{_sha256(files[_MANIFEST])}\n".encode()
+        _write(folder / f"{_TEMPORARY}{_LATEST}", latest)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {serial} cannot be written: {error}") from error
+    try:
+        os.replace(folder / f"{_TEMPORARY}{_LATEST}", folder / _LATEST)
+        _sync(folder)
+        _prune(folder, target.name, keep)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be brought up to date: {error}") from error
+    return target
+
+
+def load(root: str | Path) -> Checkpoint | None:
+    """Read the checkpoint committed last in a run directory, checking every byte of it.
+
+    Args:
+        root: the run directory.
+
+    Returns:
+        The checkpoint, or None where none was ever committed.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, changed, or of another format version.
+    """
+    folder = Path(root) / _FOLDER
+    committed = _committed(folder)
+    if committed is None:
+        if len(names := _serials(folder)) > 1:
+            raise CheckpointError(f"{folder / _LATEST} is missing beside checkpoints {names}")
+        return None
+    name, digest = committed
+    chosen = folder / name
+    raw = _read(chosen / _MANIFEST)
+    if _sha256(raw) != digest:
+        raise CheckpointError(f"{chosen / _MANIFEST} is damaged: not the file that {_LATEST} names")
+    manifest = json.loads(raw)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{chosen} has checkpoint format {manifest['format']!r}, expected {FORMAT}"
+        )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}
+    for filename, expected in manifest["files"].items():
+        path = chosen / filename
+        data = _read(path)
+        if len(data) != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} is cut short or overlong: {len(data)} bytes, expected {expected['bytes']}"
+            )
+        if _sha256(data) != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its checksum is not the one recorded")
+        if filename == _STATE:
+            state = json.loads(data)
+        else:
+            tensors[filename.removesuffix(".safetensors")] = safetensors_torch.load(data)
+    return Checkpoint(serial=manifest["serial"], tensors=tensors, state=state)
+
+
+def save_supernet(
+    directory: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> Path:
+    """Write `directory/supernet.safetensors`, replacing an older one by one rename.
+
+    Args:
+        directory: made where it is missing.
+        tensors: the supernet's state, by name.
+        meta: JSON-able values kept in the header: the space's `fingerprint`, `name`, `recipe`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: a value of `meta` that JSON cannot hold exactly.
+        CheckpointError: the file cannot be written; an older one is untouched.
+    """
+    _check_json(meta, "meta")
+    header = json.dumps(
+        {"sha256": _NO_DIGEST, "format": FORMAT, "meta": meta}, separators=(",", ":")
+    )
+    data = _tensor_bytes(tensors, "supernet", {"fastshift": header})
+    found = _DIGEST.search(data)
+    assert found is not None
+    data = data[: found.start(1)] + _sha256(data).encode() + data[found.end(1) :]
+    path = Path(directory) / _SUPERNET
+    temporary = path.with_name(f"{_TEMPORARY}{_SUPERNET}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(temporary, data)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def load_supernet(
+    path: str | Path, *, fingerprint: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a supernet's weights and what was saved about its space.
+
+    Args:
+        path: a directory with `supernet.safetensors`, or such a file.
+        fingerprint: the fingerprint the supernet's space must have; None accepts any.
+
+    Returns:
+        The tensors by name (on the CPU) and `meta` as it was saved.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, changed, of another format version or
+            space, or holds a value that is not finite.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / _SUPERNET
+    data = _read(path)
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    found = _DIGEST.search(data, 8, header_end)
+    if found is None:
+        raise CheckpointError(f"{path} is not a supernet of fastshift, or its header is damaged")
+    blank = data[: found.start(1)] + _NO_DIGEST.encode() + data[found.end(1) :]
+    if _sha256(blank) != found[1].decode():
+        raise CheckpointError(f"{path} is cut short or damaged: not the bytes its checksum names")
+    header = json.loads(json.loads(data[8:header_end])["__metadata__"]["fastshift"])
+    if header["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {header['format']!r}, expected {FORMAT}")
+    meta = header["meta"]
+    if fingerprint is not None and meta.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{path} is a supernet of another space: {meta.get('name')!r} with fingerprint "
+            f"{meta.get('fingerprint')!r}, expected {fingerprint!r}"
+        )
+    tensors = safetensors_torch.load(data)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path} holds values that are not finite, in {name!r}")
+    return tensors, meta
+
+
+def truncate_log(path: str | Path, length: int) -> None:
+    """Cut a log back to the byte length that a checkpoint recorded.
+
+    Args:
+        path: the log; may be missing where `length` is 0.
+        length: bytes to keep.
+
+    Raises:
+        CheckpointError: the log is shorter than `length`, or `length` is not the end of a line.
+    """
+    path = Path(path)
+    if length == 0 and not path.exists():
+        return
+    try:
+        with path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < length:
+                raise CheckpointError(f"{path} has {size} bytes, expected at least {length}")
+            file.seek(max(length - 1, 0))
+            if length and file.read(1) != b"\n":
+                raise CheckpointError(f"{path} has no end of line at byte {length}, as recorded")
+            file.truncate(length)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be cut to {length} bytes: {error}") from error
+
+
+class ScoreLog:
+    """An append-only file of JSON lines, whose byte length a checkpoint records.
+
+    Every `append` reaches the operating system at once; `flush` makes it durable.
+
+    Args:
+        path: made where it is missing; otherwise it must end with a whole line (`truncate_log`).
+
+    Raises:
+        CheckpointError: the file cannot be opened, or its last line is not whole.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be opened: {error}") from error
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            self.close()
+            raise CheckpointError(f"{self.path} ends within a line, at byte {size}")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one line; `CheckpointError` where it cannot be written."""
+        try:
+            _write_all(self._file, json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
+
+    def flush(self) -> int:
+        """Make all lines durable and return the file's length in bytes."""
+        try:
+            os.fsync(self._file)
+            return os.fstat(self._file).st_size
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
+
+    def close(self) -> None:
+        """Close the file; twice is harmless."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> ScoreLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _committed(folder: Path) -> tuple[str, str] | None:
+    """The committed folder's name and its manifest's checksum, as `LATEST` says."""
+    path = folder / _LATEST
+    if not path.exists():
+        return None
+    found = re.fullmatch(rb"([0-9]{8,})\n([0-9a-f]{64})\n", raw := _read(path))
+    if found is None:
+        raise CheckpointError(f"{path} is damaged: {raw[:80]!r}, expected a folder and a checksum")
+    name, digest = found[1].decode(), found[2].decode()
+    if not (folder / name).is_dir():
+        raise CheckpointError(f"{path} names {name!r}, which is missing from {folder}")
+    return name, digest
+
+
+def _serials(folder: Path) -> list[str]:
+    """The names of the checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if re.fullmatch("[0-9]{8,}", path.name)]
+    return sorted(names, key=int)
+
+
+def _prune(folder: Path, committed: str | None, keep: int) -> None:
+    """Remove what no reader needs: unfinished saves, and all but `keep` committed checkpoints."""
+    names = _serials(folder)
+    last = names.index(committed) + 1 if committed is not None else 0
+    stale = [folder / name for name in names[: max(last - keep, 0)] + names[last:]]
+    for path in [*stale, *folder.glob(f"{_TEMPORARY}*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_json(value: object, where: str) -> None:
+    """Refuse what JSON would change or cannot hold."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key!r}, expected a string")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"{where} is a {type(value).__name__}, expected a value JSON can hold")
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _tensor_bytes(
+    tensors: Mapping[str, Tensor], where: str, metadata: dict[str, str] | None = None
+) -> bytes:
+    """The safetensors file of these tensors, each copied to memory of its own."""
+    copies = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    try:
+        return safetensors_torch.save(copies, metadata)
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(f"{where} holds a tensor of unknown kind: {error}") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(file, data)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
