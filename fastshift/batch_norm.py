@@ -1,0 +1,187 @@
+"""Batch-norm statistics per trie node: collect them, or impose them, without touching the module's own.
+
+The four policies of a score (`POLICIES`): `recalibrate` gives each node the statistics of fixed calibration batches,
+each batch normalised by its own moments and the statistics averaged over batches as `nn.BatchNorm2d(momentum=None)`
+does; `batch` normalises by the scored batch's own moments; `running` and `ema` are kept per (block, choice):
+what pre-training left, and the same after the shift steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastshift.supernet import ChainSupernet
+
+__all__ = ["POLICIES", "BatchNorms", "MomentSums", "MovingAverages", "evaluation_mode", "start_ema"]
+
+POLICIES = ("recalibrate", "batch", "running", "ema")
+
+Moments = tuple[Tensor, Tensor]
+
+
+class BatchNorms:
+    """The batch norms of a supernet that keep statistics, found once and addressed by the module that owns them.
+
+    Args:
+        supernet: its stem, candidate ops and head are the owners.
+    """
+
+    def __init__(self, supernet: ChainSupernet) -> None:
+        self._of: dict[nn.Module, list[tuple[str, _BatchNorm]]] = {}
+        owners = [("stem", supernet.stem), ("head", supernet.head)]
+        for level, block in enumerate(supernet.blocks):
+            owners += [(f"blocks.{level}.{choice}", op) for choice, op in enumerate(block)]
+        for prefix, owner in owners:
+            self._of[owner] = [
+                (f"{prefix}.{name}" if name else prefix, module)
+                for name, module in owner.named_modules()
+                if isinstance(module, _BatchNorm) and module.track_running_stats
+            ]
+
+    def of(self, owner: nn.Module) -> list[tuple[str, _BatchNorm]]:
+        """Names and batch norms of one owner, in the order of its modules."""
+        return self._of[owner]
+
+    def items(self) -> Iterator[tuple[str, _BatchNorm]]:
+        """Names and batch norms of the whole supernet."""
+        for found in self._of.values():
+            yield from found
+
+    def collect(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, list[Moments]]:
+        """Apply an owner with each batch norm normalising by this batch's own moments.
+
+        Args:
+            owner: the stem, a candidate op or the head.
+            x: its input, `[N, C, H, W]`.
+
+        Returns:
+            Its output, and the mean and the unbiased variance, `[C]` each, that every batch norm met.
+        """
+        found = self._of[owner]
+        moments = [
+            (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))
+            for _, norm in found
+        ]
+        return self._with(owner, x, moments, True), moments
+
+    def impose(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
+        """Apply an owner with the given statistics in place of its own."""
+        return self._with(owner, x, moments, False)
+
+    def _with(
+        self, owner: nn.Module, x: Tensor, moments: Sequence[Moments], training: bool
+    ) -> Tensor:
+        found = self._of[owner]
+        saved = [
+            (norm._buffers.copy(), norm.momentum, norm.training) for _, norm in found
+        ]
+        try:
+            for (_, norm), (mean, var) in zip(found, moments, strict=True):
+                # With momentum 1 the update replaces the zeros by the batch's moments, exactly.
+                norm._buffers.update(running_mean=mean, running_var=var, num_batches_tracked=None)
+                norm.momentum, norm.training = 1.0, training
+            return owner(x)
+        finally:
+            for (_, norm), (buffers, momentum, mode) in zip(found, saved, strict=True):
+                norm._buffers.update(buffers)
+                norm.momentum, norm.training = momentum, mode
+
+
+class MomentSums:
+    """Running sums of one node's moments over the calibration batches, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[list[Tensor]] = []
+
+    def add(self, moments: Sequence[Moments]) -> None:
+        """Add the moments of one batch."""
+        if self.count == 0:
+            self.sums = [[mean.double(), var.double()] for mean, var in moments]
+        else:
+            for total, (mean, var) in zip(self.sums, moments, strict=True):
+                total[0] += mean
+                total[1] += var
+        self.count += 1
+
+    def mean(self, like: Iterable[tuple[str, _BatchNorm]]) -> list[Moments]:
+        """Averages over the batches, in the dtype of the batch norms they are for."""
+        return [
+            (
+                (mean / self.count).to(norm.running_mean.dtype),
+                (var / self.count).to(norm.running_var.dtype),
+            )
+            for (mean, var), (_, norm) in zip(self.sums, like, strict=True)
+        ]
+
+
+class MovingAverages:
+    """One moving-average update per (block, choice) and training step, whatever the order or the cut.
+
+    The moments of the nodes of one (block, choice) are averaged with the number of candidates below each node as weight.
+    """
+
+    def __init__(self, norms: BatchNorms) -> None:
+        self._norms = norms
+        self._sums: dict[str, list[Tensor]] = {}
+        self._weights: dict[str, int] = {}
+
+    def add(self, owner: nn.Module, moments: Sequence[Moments], weight: int) -> None:
+        """Add the moments of one node that `weight` candidates pass through."""
+        for (name, _), (mean, var) in zip(self._norms.of(owner), moments, strict=True):
+            if name in self._sums:
+                total = self._sums[name]
+                total[0].add_(mean.double(), alpha=weight)
+                total[1].add_(var.double(), alpha=weight)
+                self._weights[name] += weight
+            else:
+                self._sums[name] = [mean.double() * weight, var.double() * weight]
+                self._weights[name] = weight
+
+    @torch.no_grad()
+    def apply(self, ema: dict[str, Tensor] | None = None) -> None:
+        """Make the update.
+
+        Args:
+            ema: where given, the averages kept there (`NAME.running_mean`, `NAME.running_var`) move and the
+                modules' own stay; else the modules' own move.
+        """
+        modules = dict(self._norms.items())
+        for name, (mean, var) in self._sums.items():
+            norm, weight = modules[name], self._weights[name]
+            if ema is None:
+                targets = (norm.running_mean, norm.running_var)
+                norm.num_batches_tracked += 1
+            else:
+                targets = (ema[f"{name}.running_mean"], ema[f"{name}.running_var"])
+            momentum = norm.momentum
+            if momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked) if ema is None else 0.1
+            for target, total in zip(targets, (mean, var), strict=True):
+                target.lerp_((total / weight).to(target.dtype), momentum)
+
+
+def start_ema(supernet: ChainSupernet) -> None:
+    """Begin the moving averages of the shift steps where pre-training left its own, unless they exist."""
+    for name, norm in BatchNorms(supernet).items():
+        for kind in ("running_mean", "running_var"):
+            key = f"{name}.{kind}"
+            if key not in supernet.ema:
+                supernet.ema[key] = getattr(norm, kind).detach().clone()
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and afterwards each part back into the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,284 @@
+"""What happens to one batch: score it, calibrate on it, or train on it, for a whole plan of candidates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastshift.batch_norm import BatchNorms, Moments, MomentSums, MovingAverages
+from fastshift.errors import SpaceError
+from fastshift.layers import apply_level
+from fastshift.supernet import ChainSupernet
+from fastshift.trie import Plan, Segment
+
+__all__ = ["Statistics", "calibrate_step", "eval_step", "refuse_random_trunk", "train_step"]
+
+
+@dataclass
+class Statistics:
+    """The moments of every node of a plan, summed over calibration batches.
+
+    Attributes:
+        stem: of the root.
+        nodes: of each level, of each node.
+        leaves: of the head, for each leaf.
+    """
+
+    stem: MomentSums
+    nodes: list[list[MomentSums]]
+    leaves: list[MomentSums]
+    _means: dict[int, list[Moments]] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, plan: Plan) -> Statistics:
+        """Sums of nothing yet, for each node of a plan."""
+        return cls(
+            MomentSums(),
+            [[MomentSums() for _ in choice] for choice in plan.choice],
+            [MomentSums() for _ in range(plan.num_leaves)],
+        )
+
+    def mean(self, sums: MomentSums, norms: BatchNorms, owner: nn.Module) -> list[Moments]:
+        """The averages of one node, computed once."""
+        found = self._means.get(id(sums))
+        if found is None:
+            found = self._means[id(sums)] = sums.mean(norms.of(owner))
+        return found
+
+
+NodeCall = Callable[[int, int, nn.Module, Tensor], Tensor]
+LeafCall = Callable[[int, Tensor], None]
+
+
+def _walk(
+    supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCall, leaf: LeafCall
+) -> None:
+    """Compute a segment and what hangs below it, depth-first between segments."""
+    rows = _levels(supernet, segment, row, node)
+    if segment.children:
+        for child in segment.children:
+            _walk(supernet, child, rows[0], node, leaf)
+    else:
+        for offset, out in enumerate(rows):
+            leaf(segment.first_leaf + offset, out)
+
+
+def _levels(
+    supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCall
+) -> list[Tensor]:
+    """The rows at a segment's last level."""
+    rows = [row]
+    for index, level in enumerate(range(segment.start, segment.stop)):
+        first = segment.first_node[index]
+
+        def call(position: int, op: nn.Module, x: Tensor, level=level, first=first) -> Tensor:
+            return node(level, first + position, op, x)
+
+        rows = apply_level(
+            supernet.blocks[level],
+            supernet.identities[level],
+            rows,
+            segment.parent[index],
+            segment.choice[index],
+            call,
+        )
+    return rows
+
+
+@torch.no_grad()
+def calibrate_step(
+    supernet: ChainSupernet, norms: BatchNorms, plan: Plan, images: Tensor, statistics: Statistics
+) -> None:
+    """Add one calibration batch to the statistics of every node.
+
+    Args:
+        supernet: in evaluation mode.
+        norms: of the supernet.
+        plan: of the candidates.
+        images: `[N, C, H, W]`.
+        statistics: changed in place.
+    """
+
+    def node(level: int, index: int, op: nn.Module, x: Tensor) -> Tensor:
+        y, moments = norms.collect(op, x)
+        statistics.nodes[level][index].add(moments)
+        return y
+
+    def leaf(index: int, x: Tensor) -> None:
+        if norms.of(supernet.head):
+            statistics.leaves[index].add(norms.collect(supernet.head, x)[1])
+
+    x, moments = norms.collect(supernet.stem, images)
+    statistics.stem.add(moments)
+    for root in plan.roots:
+        _walk(supernet, root, x, node, leaf)
+
+
+@torch.no_grad()
+def eval_step(
+    supernet: ChainSupernet,
+    norms: BatchNorms,
+    plan: Plan,
+    images: Tensor,
+    labels: Tensor,
+    policy: str,
+    statistics: Statistics | None = None,
+    on_logits: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score every candidate of a plan on one batch.
+
+    Args:
+        supernet: in evaluation mode; nothing of it changes.
+        norms: of the supernet.
+        plan: of the candidates.
+        images: `[N, C, H, W]`.
+        labels: `[N]` int64.
+        policy: one of `batch_norm.POLICIES`.
+        statistics: of the plan's nodes, for `recalibrate`.
+        on_logits: called with each leaf and its logits `[N, num_classes]`.
+
+    Returns:
+        Wrong answers, `[D]` int64, and summed cross-entropies in nats, `[D]` float64, of the plan's leaves.
+    """
+    wrong = torch.zeros(plan.num_leaves, dtype=torch.int64, device=images.device)
+    losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
+
+    def apply(owner: nn.Module, x: Tensor, sums: MomentSums | None) -> Tensor:
+        if not norms.of(owner) or policy == "running":
+            return owner(x)
+        if policy == "batch":
+            return norms.collect(owner, x)[0]
+        if policy == "ema":
+            kept = supernet.ema
+            moments = [
+                (kept[f"{name}.running_mean"], kept[f"{name}.running_var"])
+                for name, _ in norms.of(owner)
+            ]
+            return norms.impose(owner, x, moments)
+        return norms.impose(owner, x, statistics.mean(sums, norms, owner))
+
+    def node(level: int, index: int, op: nn.Module, x: Tensor) -> Tensor:
+        return apply(op, x, statistics.nodes[level][index] if statistics else None)
+
+    def leaf(index: int, x: Tensor) -> None:
+        logits = apply(supernet.head, x, statistics.leaves[index] if statistics else None)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if on_logits is not None:
+            on_logits(index, logits)
+        wrong[index] = (logits.argmax(dim=1) != labels).sum()
+        losses[index] = functional.cross_entropy(logits, labels, reduction="sum").double()
+
+    x = apply(supernet.stem, images, statistics.stem if statistics else None)
+    for root in plan.roots:
+        _walk(supernet, root, x, node, leaf)
+    return wrong, losses
+
+
+def train_step(
+    supernet: ChainSupernet,
+    norms: BatchNorms,
+    plan: Plan,
+    images: Tensor,
+    labels: Tensor,
+    averages: MovingAverages,
+    *,
+    key: tuple[int, int],
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Add up the gradients of every candidate's loss on one batch, each node forward and backward once.
+
+    The gradient is that of `scale` times the sum over the plan's rows of the mean cross-entropy. Backward goes depth-first:
+    a row's gradient is complete when its children are done, and only then goes on to its parent, so a trunk's
+    graph is walked once. No parameter moves here.
+
+    Args:
+        supernet: in training mode; gradients are accumulated in its parameters.
+        norms: of the supernet.
+        plan: of the candidates.
+        images: `[N, C, H, W]`.
+        labels: `[N]` int64.
+        averages: gets the moments of every node.
+        key: (seed, step) of the head's random masks; the candidate is the third part.
+        label_smoothing: of the cross-entropy.
+        scale: factor of the loss.
+
+    Returns:
+        Mean cross-entropy of each leaf, `[D]` float64, detached.
+    """
+    losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
+    moving = any(p.requires_grad for p in supernet.trunk_parameters())
+
+    def node(level: int, index: int, op: nn.Module, x: Tensor) -> Tensor:
+        y, moments = norms.collect(op, x)
+        averages.add(op, moments, int(plan.weights[level][index]))
+        return y
+
+    def backward(segment: Segment, row: Tensor) -> None:
+        rows = _levels(supernet, segment, row, node)
+        if segment.children:
+            out = rows[0]
+            split = out if out is row else out.detach().requires_grad_(moving)
+            for child in segment.children:
+                backward(child, split)
+            if split is not out and out.requires_grad:
+                torch.autograd.backward(out, split.grad)
+            return
+        total = None
+        for offset, x in enumerate(rows):
+            index = segment.first_leaf + offset
+            with _candidate_random(key, plan.archs[index], images.device):
+                logits, moments = norms.collect(supernet.head, x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            averages.add(supernet.head, moments, int(plan.counts[index]))
+            loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            losses[index] = loss.detach().double()
+            loss = loss * (scale * int(plan.counts[index]))
+            total = loss if total is None else total + loss
+        if total.requires_grad:
+            total.backward()
+
+    with torch.set_grad_enabled(moving):
+        x, moments = norms.collect(supernet.stem, images)
+    averages.add(supernet.stem, moments, plan.num_rows)
+    split = x.detach().requires_grad_(moving)
+    for root in plan.roots:
+        backward(root, split)
+    if x.requires_grad:
+        torch.autograd.backward(x, split.grad)
+    return losses
+
+
+@contextmanager
+def _candidate_random(
+    key: tuple[int, int], arch: np.ndarray, device: torch.device
+) -> Iterator[None]:
+    """Give what follows random numbers that depend on (seed, step, candidate) alone."""
+    digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int.from_bytes(digest, "little"))
+        yield
+
+
+def refuse_random_trunk(supernet: ChainSupernet) -> None:
+    """Refuse a supernet that draws random numbers before candidates split: a shared row would share the draw.
+
+    Raises:
+        SpaceError: naming the module.
+    """
+    for part in ("stem", "blocks"):
+        for name, module in supernet.get_submodule(part).named_modules():
+            if isinstance(module, _DropoutNd) and module.p > 0:
+                raise SpaceError(
+                    f"{part}.{name}: {type(module).__name__}(p={module.p}) before the head cannot be shared "
+                    "between candidates in training; move it into the head, or train one path at a time"
+                )
