@@ -1,0 +1,222 @@
+"""Images and labels in memory or on disk -> batches: an endless training stream, and fixed lists.
+
+A batch of the training stream is a pure function of (seed, stream, index, size), so the position of
+a run in its data is one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Augmentation", "FixedBatches", "Normalisation", "Source", "TrainBatches"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Source(Protocol):
+    """Labelled square images of one size, addressed by position."""
+
+    labels: np.ndarray  # `[n]` int64
+    in_channels: int
+    image_size: int
+
+    def take(self, positions: np.ndarray) -> Tensor:
+        """Return the images at `positions`, `[n, C, H, W]` uint8, a copy."""
+
+    def subset(self, positions: np.ndarray, labels: np.ndarray) -> Source:
+        """Return a source of these images alone, with these labels."""
+
+    def digest(self) -> str:
+        """Return a sha256 over what the source holds, as hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation, in units of the full pixel range (0 to 1)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Turn `[N, C, H, W]` uint8 into normalised float32 of the same shape."""
+        scale = [1 / (255 * std) for std in self.std]
+        shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
+        shape = (-1, 1, 1)
+        normalised = images.to(torch.float32, memory_format=torch.contiguous_format)
+        normalised *= torch.tensor(scale).view(shape)
+        normalised += torch.tensor(shift).view(shape)
+        return normalised
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A random crop of the zero-padded image, then a horizontal flip for half of the images.
+
+    Attributes:
+        padding: pixels added on each side before the crop; 0 for no crop.
+        flip: whether images are flipped.
+    """
+
+    padding: int
+    flip: bool
+
+    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """Augment a whole normalised batch, `[N, C, H, W]` float32, each image by its own draw."""
+        num, _, height, width = images.shape
+        if self.padding:
+            side = 2 * self.padding + 1
+            top, left = rng.integers(side, size=(2, num))
+            padded = functional.pad(images, (self.padding,) * 4).numpy()
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))
+            images = torch.from_numpy(np.ascontiguousarray(windows[np.arange(num), :, top, left]))
+        if self.flip:
+            flipped = torch.from_numpy(np.flatnonzero(rng.random(num) < 0.5))
+            images[flipped] = images[flipped].flip(-1)
+        return images
+
+
+class TrainBatches:
+    """The training part as an endless stream of batches.
+
+    The stream is the concatenation of one permutation of the training part per epoch; batch `index`
+    of size `n` is its positions `index * n` to `(index + 1) * n`. Permutations depend on (seed,
+    stream, epoch), augmentation on (seed, stream, index); streams of other names are independent.
+
+    Attributes:
+        num_images: size of the training part.
+        batch_size: images in a batch where `batch` is given no size.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        positions: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        normalise: Normalisation,
+        augmentation: Augmentation | None,
+    ) -> None:
+        self.num_images = len(positions)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augmentation = augmentation
+        self._source = source
+        self._positions = positions
+        self._normalise = normalise
+        self._permutations: dict[tuple[str, int], np.ndarray] = {}
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of whole batches in an epoch, at least 1."""
+        return max(1, self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the next epoch's batches of the stream `train`."""
+        start = self._epoch * len(self)
+        self._epoch += 1
+        return map(self.batch, range(start, start + len(self)))
+
+    def batch(self, index: int, size: int | None = None, stream: str = "train") -> Batch:
+        """Compute one batch of a stream; equal arguments give equal batches, in any order of calls.
+
+        Args:
+            index: which batch, from 0, without end.
+            size: images in a batch; the default batch size if None.
+            stream: name of the stream; another name gives other permutations and augmentation.
+
+        Returns:
+            Normalised images `[N, C, H, W]` float32, contiguous, and labels `[N]` int64.
+
+        Raises:
+            ValueError: `index` is negative or `size` is not positive.
+        """
+        size = self.batch_size if size is None else size
+        if index < 0 or size < 1:
+            raise ValueError(f"index={index}, size={size}: expected index >= 0 and size >= 1")
+        positions = self._positions[self._draw(index * size, (index + 1) * size, stream)]
+        images = self._normalise(self._source.take(positions))
+        if self.augmentation is not None:
+            images = self.augmentation(images, self._rng(stream, 1, index))
+        return images, torch.from_numpy(self._source.labels[positions])
+
+    def _draw(self, start: int, stop: int, stream: str) -> np.ndarray:
+        """Return elements `start` to `stop` of the stream's concatenated permutations."""
+        num = self.num_images
+        parts = []
+        for epoch in range(start // num, (stop - 1) // num + 1):
+            offset = epoch * num
+            permutation = self._permutation(stream, epoch)
+            parts.append(permutation[max(0, start - offset) : stop - offset])
+        return np.concatenate(parts)
+
+    def _permutation(self, stream: str, epoch: int) -> np.ndarray:
+        key = (stream, epoch)
+        if key not in self._permutations:
+            if len(self._permutations) >= 8:  # streams x the two epochs at a boundary
+                del self._permutations[next(iter(self._permutations))]
+            self._permutations[key] = self._rng(stream, 0, epoch).permutation(self.num_images)
+        return self._permutations[key]
+
+    def _rng(self, stream: str, kind: int, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, crc32(stream.encode()), kind, index))
+
+
+class FixedBatches:
+    """A list of batches that are the same every time, without augmentation.
+
+    Normalised batches are kept once they were asked for, where all of them fit in `cache_bytes`.
+
+    Attributes:
+        num_images: images in all batches.
+        batch_size: images in each batch but the last.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        positions: np.ndarray,
+        *,
+        batch_size: int,
+        normalise: Normalisation,
+        cache_bytes: int,
+    ) -> None:
+        self.num_images = len(positions)
+        self.batch_size = batch_size
+        self._source = source
+        self._positions = positions
+        self._normalise = normalise
+        self._kept: list[Batch | None] = [None] * -(-len(positions) // batch_size)
+        image_bytes = 4 * source.in_channels * source.image_size**2
+        self._is_kept = len(positions) * image_bytes <= cache_bytes
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return batch `index`: images `[N, C, H, W]` float32 and labels `[N]` int64.
+
+        Raises:
+            IndexError: there is no such batch.
+        """
+        index = range(len(self))[index]
+        batch = self._kept[index]
+        if batch is None:
+            start = index * self.batch_size
+            positions = self._positions[start : start + self.batch_size]
+            images = self._normalise(self._source.take(positions))
+            batch = images, torch.from_numpy(self._source.labels[positions])
+            if self._is_kept:
+                self._kept[index] = batch
+        return batch

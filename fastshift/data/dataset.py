@@ -1,0 +1,292 @@
+"""A training and a test source -> `Data`: the batches every part of a run draws from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastshift.data.batches import (
+    Augmentation,
+    FixedBatches,
+    Normalisation,
+    Source,
+    TrainBatches,
+)
+from fastshift.data.splits import check_classes, keep_classes, stratified
+from fastshift.errors import DataError
+
+__all__ = ["Data", "Options", "assemble"]
+
+SAMPLE = 16384  # training images that mean and standard deviation are taken from
+CHUNK = 1024  # images converted at a time
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `load` and `from_arrays` let a caller choose; `load` describes each."""
+
+    batch_size: int
+    seed: int
+    validation_size: int | float | None
+    calibration_batches: int | None
+    calibration_batch_size: int | None
+    validation_batch_size: int
+    image_size: int | None
+    augment: bool
+    flip: bool | None
+    classes: Sequence[int] | None
+    limit: int | None
+    max_memory_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "calibration_batches",
+            "calibration_batch_size",
+            "validation_batch_size",
+            "image_size",
+            "limit",
+        ):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("seed", self.seed, 0)
+        _check_at_least("max_memory_bytes", self.max_memory_bytes, 0)
+        if self.classes is not None:
+            classes = list(self.classes)
+            if len(set(classes)) < max(2, len(classes)):
+                raise DataError(f"classes={classes}: expected at least two distinct labels")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set cut into the parts of a search.
+
+    Attributes:
+        train: the training part, an endless stream (`TrainBatches.batch`), one epoch if iterated.
+        validation: the scoring set: stratified, held out of the training set, the same every time.
+        calibration: stratified batches of the training part, for batch-norm statistics.
+        test: the test set; never used in a search. None where there is none.
+        num_classes: classes, numbered from 0.
+        in_channels: 1 or 3.
+        image_size: side of an image, in pixels.
+        class_names: a name per class, or None.
+        spec: where the data come from.
+        normalisation: mean and standard deviation of the training part, per channel, of 0..1.
+    """
+
+    train: TrainBatches
+    validation: FixedBatches
+    calibration: FixedBatches
+    test: FixedBatches | None
+    num_classes: int
+    in_channels: int
+    image_size: int
+    class_names: tuple[str, ...] | None
+    spec: str
+    seed: int
+    digest: str
+    normalisation: Normalisation
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of the training part per channel, pixels scaled to 0..1."""
+        return self.normalisation.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of the training part per channel, pixels scaled to 0..1."""
+        return self.normalisation.std
+
+    def describe(self) -> dict[str, object]:
+        """Return counts, normalisation and a digest of the contents, ready for JSON."""
+        augmentation = self.train.augmentation
+        return {
+            "spec": self.spec,
+            "seed": self.seed,
+            "num_classes": self.num_classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "in_channels": self.in_channels,
+            "image_size": self.image_size,
+            "train_images": self.train.num_images,
+            "validation_images": self.validation.num_images,
+            "calibration_images": self.calibration.num_images,
+            "test_images": 0 if self.test is None else self.test.num_images,
+            "batch_size": self.train.batch_size,
+            "validation_batch_size": self.validation.batch_size,
+            "calibration_batch_size": self.calibration.batch_size,
+            "crop_padding": 0 if augmentation is None else augmentation.padding,
+            "flip": augmentation is not None and augmentation.flip,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "digest": self.digest,
+        }
+
+
+def assemble(
+    train: Source,
+    test: Source | None,
+    options: Options,
+    *,
+    spec: str,
+    class_names: Sequence[str] | None = None,
+    flip: bool = True,
+) -> Data:
+    """Check the labels, hold images out, measure the normalisation and build the batches.
+
+    Args:
+        train: the training set, from which the scoring set is held out.
+        test: the test set, or None.
+        options: the caller's choices.
+        spec: name of the data set, for records.
+        class_names: a name per label of `train`, before `options.classes` selects among them.
+        flip: whether images of this kind may be flipped, where `options.flip` does not say.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: the labels or the options cannot be used.
+    """
+    if test is not None:
+        _check_same_shape(train, test)
+    if options.classes is not None:
+        train = _kept(train, options.classes, "training")
+        test = test and _kept(test, options.classes, "test")
+        class_names = class_names and [class_names[label] for label in options.classes]
+    num_classes = check_classes(train.labels, None if test is None else test.labels)
+    if options.limit is not None:
+        train = _limited(train, options.limit, num_classes, options.seed)
+    held, rest = _hold_out(train.labels, num_classes, options)
+    chosen, calibration_batch_size = _calibration(train.labels[rest], options)
+    normalise = _measure(train, rest)
+
+    def fixed(source: Source, positions: np.ndarray, batch_size: int) -> FixedBatches:
+        return FixedBatches(
+            source,
+            positions,
+            batch_size=batch_size,
+            normalise=normalise,
+            cache_bytes=options.max_memory_bytes // 4,
+        )
+
+    augmentation = Augmentation(
+        padding=train.image_size // 8, flip=flip if options.flip is None else options.flip
+    )
+    digests = [train.digest(), "" if test is None else test.digest()]
+    return Data(
+        train=TrainBatches(
+            train,
+            rest,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            normalise=normalise,
+            augmentation=augmentation if options.augment else None,
+        ),
+        validation=fixed(train, held, options.validation_batch_size),
+        calibration=fixed(train, rest[chosen], calibration_batch_size),
+        test=test and fixed(test, np.arange(len(test.labels)), options.validation_batch_size),
+        num_classes=num_classes,
+        in_channels=train.in_channels,
+        image_size=train.image_size,
+        class_names=None if class_names is None else tuple(class_names),
+        spec=spec,
+        seed=options.seed,
+        digest=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        normalisation=normalise,
+    )
+
+
+def _check_at_least(name: str, value: int | None, lowest: int) -> None:
+    if value is not None and (isinstance(value, bool) or value != int(value) or value < lowest):
+        raise DataError(f"{name}={value}: expected an integer of at least {lowest}")
+
+
+def _check_same_shape(train: Source, test: Source) -> None:
+    shapes = [(s.image_size, s.image_size, s.in_channels) for s in (train, test)]
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"test images: {'x'.join(map(str, shapes[1]))}, "
+            f"expected {'x'.join(map(str, shapes[0]))} as in training"
+        )
+
+
+def _kept(source: Source, classes: Sequence[int], name: str) -> Source:
+    absent = sorted(set(classes) - set(source.labels.tolist()))
+    if absent and name == "training":
+        raise DataError(f"classes={list(classes)}: label {absent[0]} has no training image")
+    return source.subset(*keep_classes(source.labels, classes))
+
+
+def _limited(train: Source, limit: int, num_classes: int, seed: int) -> Source:
+    if limit >= len(train.labels):
+        return train
+    if limit < 2 * num_classes:
+        raise DataError(
+            f"limit={limit}: expected at least {2 * num_classes}, two images of each class"
+        )
+    rng = np.random.default_rng((seed, 3))
+    positions = np.sort(stratified(train.labels, limit, rng, at_least=2))
+    return train.subset(positions, train.labels[positions])
+
+
+def _hold_out(
+    labels: np.ndarray, num_classes: int, options: Options
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the scoring set and those of the training part."""
+    num, asked = len(labels), options.validation_size
+    if asked is None:
+        # a tenth, but where that is under 1,000 images up to a quarter: scores need resolution
+        size = max(num_classes, min(max(num // 10, min(1000, num // 4)), 5000))
+    else:
+        size = round(asked * num) if isinstance(asked, float) else asked
+        if isinstance(asked, bool) or not num_classes <= size <= num - num_classes:
+            raise DataError(
+                f"validation_size={asked}: {size} of {num} images, expected {num_classes} to "
+                f"{num - num_classes} (each class stays in both parts)"
+            )
+    rng = np.random.default_rng((options.seed, 1))
+    held = stratified(labels, size, rng, at_least=1, spare=1)
+    is_held = np.zeros(num, dtype=bool)
+    is_held[held] = True
+    return held, np.flatnonzero(~is_held)
+
+
+def _calibration(labels: np.ndarray, options: Options) -> tuple[np.ndarray, int]:
+    """Return positions within the training part and the size of a calibration batch.
+
+    Eight batches of 128, fewer or smaller ones where the training part is too small; what the
+    caller asked for by number is never cut.
+    """
+    num = len(labels)
+    batch_size = options.calibration_batch_size or min(128, num)
+    batches = options.calibration_batches or max(1, min(8, num // batch_size))
+    if batch_size * batches > num:
+        raise DataError(
+            f"calibration_batches={batches} of {batch_size} images: expected at most {num} images, "
+            f"the training part"
+        )
+    rng = np.random.default_rng((options.seed, 2))
+    return stratified(labels, batches * batch_size, rng), batch_size
+
+
+def _measure(source: Source, positions: np.ndarray) -> Normalisation:
+    """Return mean and standard deviation per channel, exactly, over at most `SAMPLE` images."""
+    if len(positions) > SAMPLE:
+        positions = np.sort(np.random.default_rng(0).permutation(positions)[:SAMPLE])
+    counts = np.zeros((source.in_channels, 256))
+    for start in range(0, len(positions), CHUNK):
+        images = source.take(positions[start : start + CHUNK]).numpy()
+        for channel in range(source.in_channels):
+            counts[channel] += np.bincount(images[:, channel].ravel(), minlength=256)
+    levels = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ levels
+    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1))
+    if not std.all():
+        raise DataError(
+            f"training images: channel {std.argmin()} has one value everywhere, "
+            f"expected images that differ"
+        )
+    return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
