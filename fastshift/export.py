@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CheckpointError, ConfigError, missing_extra
+from fastshift.errors import CheckpointError, ConfigError, missing_extra
 
 __all__ = ["FORMATS", "Exported", "export", "load_into", "read_metadata"]
 
