@@ -8,9 +8,10 @@ here knows torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 from fastshift.errors import SpaceError
 
@@ -22,10 +23,13 @@ __all__ = [
     "chain_flops",
     "chain_output_size",
     "chain_params",
+    "check_positive",
+    "check_units",
     "conv",
     "identity",
     "inverted_residual",
     "projection",
+    "scale_channels",
     "shuffle_unit",
     "shuffle_xception",
     "trace_channels",
@@ -36,18 +40,32 @@ FRAME_KINDS = ("plain", "residual", "shuffle")
 ACTIVATIONS = ("relu", None)
 
 
-def _check_positive(owner: str, **values: int) -> None:
+def check_positive(owner: str, **values: int) -> None:
+    """Raise `SpaceError` naming the first value that is not a positive integer."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise SpaceError(f"{owner}: {name} must be a positive integer, got {value!r}")
 
 
-def _check_units(owner: str, units: Iterable[Unit]) -> tuple[Unit, ...]:
+def check_units(owner: str, units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """Return units as a tuple, or raise `SpaceError` where one is something else."""
     units = tuple(units)
     for unit in units:
         if not isinstance(unit, Unit):
             raise SpaceError(f"{owner} must hold units, got {unit!r}")
     return units
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """Return `channels * width` rounded to a multiple of 8, at least 8.
+
+    Raises:
+        SpaceError: `width` is not a positive finite number.
+    """
+    is_number = isinstance(width, Real) and not isinstance(width, bool)
+    if not is_number or not 0 < width < math.inf:
+        raise SpaceError(f"width must be a positive number, got {width!r}")
+    return max(8, round(channels * width / 8) * 8)
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Unit:
         if self.kind not in UNIT_KINDS:
             raise SpaceError(f"unit kind must be one of {', '.join(UNIT_KINDS)}, got {self.kind!r}")
         owner = f"{self.kind} unit"
-        _check_positive(
+        check_positive(
             owner,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
@@ -187,7 +205,7 @@ class Frame:
             raise SpaceError(
                 f"frame kind must be one of {', '.join(FRAME_KINDS)}, got {self.kind!r}"
             )
-        object.__setattr__(self, "shortcut", _check_units("frame shortcut", self.shortcut))
+        object.__setattr__(self, "shortcut", check_units("frame shortcut", self.shortcut))
         if self.kind == "plain" and self.shortcut:
             raise SpaceError("a plain frame has no shortcut; use a residual or shuffle frame")
 
@@ -217,13 +235,13 @@ class Op:
 
     def __post_init__(self) -> None:
         owner = f"op {self.name!r}"
-        _check_positive(
+        check_positive(
             owner,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             stride=self.stride,
         )
-        object.__setattr__(self, "units", _check_units(f"{owner}: units", self.units))
+        object.__setattr__(self, "units", check_units(f"{owner}: units", self.units))
         if not isinstance(self.frame, Frame):
             raise SpaceError(f"{owner}: frame must be a Frame, got {self.frame!r}")
         shortcut = self.frame.shortcut
@@ -292,10 +310,10 @@ class Head:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        _check_positive("head", in_channels=self.in_channels, num_classes=self.num_classes)
-        if not 0.0 <= self.dropout < 1.0:
+        check_positive("head", in_channels=self.in_channels, num_classes=self.num_classes)
+        if not isinstance(self.dropout, Real) or not 0.0 <= self.dropout < 1.0:
             raise SpaceError(f"head: dropout must lie in [0, 1), got {self.dropout!r}")
-        object.__setattr__(self, "units", _check_units("head: units", self.units))
+        object.__setattr__(self, "units", check_units("head: units", self.units))
         trace_channels(self.units, self.in_channels, "head")
 
     @property

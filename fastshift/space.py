@@ -29,6 +29,8 @@ from fastshift.ops import (
     chain_flops,
     chain_output_size,
     chain_params,
+    check_positive,
+    check_units,
     trace_channels,
 )
 
@@ -76,16 +78,14 @@ class SearchSpace:
         affine: bool = True,
         recipe: dict[str, Any] | None = None,
     ) -> None:
-        self.stem = tuple(stem)
+        check_positive(f"space {name!r}", in_channels=in_channels, image_size=image_size)
+        self.stem = check_units(f"space {name!r}: stem", stem)
         self.blocks = tuple(tuple(block) for block in blocks)
         self.head = head
         self.affine = affine
         self.recipe = recipe
-        for label, value in (("in_channels", in_channels), ("image_size", image_size)):
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise SpaceError(
-                    f"space {name!r}: {label} must be a positive integer, got {value!r}"
-                )
+        if not isinstance(head, Head):
+            raise SpaceError(f"space {name!r}: head must be a Head, got {head!r}")
         channels, _ = trace_channels(self.stem, in_channels, f"space {name!r}: stem")
         size = chain_output_size(self.stem, image_size)
         fixed_flops = chain_flops(self.stem, image_size)
@@ -94,8 +94,10 @@ class SearchSpace:
             owner = f"space {name!r}: choice block {index}"
             if not block:
                 raise SpaceError(f"{owner} has no candidate op")
-            shape = (channels, block[0].out_channels, block[0].stride)
             for choice, op in enumerate(block):
+                if not isinstance(op, Op):
+                    raise SpaceError(f"{owner}: choice {choice} must be an Op, got {op!r}")
+                shape = (channels, block[0].out_channels, block[0].stride)
                 found = (op.in_channels, op.out_channels, op.stride)
                 if found != shape:
                     raise SpaceError(
@@ -149,6 +151,7 @@ class SearchSpace:
                 f"at most {MAX_CHOICES} are possible"
             )
         self.num_choices.flags.writeable = False
+        self._counts: list[int] = self.num_choices.tolist()
         self._is_choice = np.arange(self.num_choices.max()) < self.num_choices[:, None]
         self.costs: dict[str, tuple[np.ndarray, int | float]] = {}
         self._set_cost("flops", *flops)
@@ -164,7 +167,7 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """The number of architectures."""
-        return math.prod(self.num_choices.tolist())
+        return math.prod(self._counts)
 
     @property
     def flops_table(self) -> np.ndarray:
@@ -192,6 +195,8 @@ class SearchSpace:
         """Return a table of `[L][O_l]` rows or `[L, O]` as `[L, O]` with zeros past the choices."""
         shape = self._is_choice.shape
         rows = [np.asarray(row) for row in table]
+        if any(row.ndim != 1 for row in rows):
+            raise SpaceError(f"{name}: expected one row of numbers a choice block, got {table!r}")
         if len(rows) != shape[0]:
             raise SpaceError(
                 f"{name}: expected {shape[0]} rows, one a choice block, got {len(rows)}"
@@ -292,7 +297,7 @@ class SearchSpace:
 
     @property
     def _is_dotted(self) -> bool:
-        return bool(self.num_choices.max() > 10)
+        return max(self._counts) > 10
 
     def parse(self, text: str) -> np.ndarray:
         """Return the architecture that a string names, `[L]` uint8.
@@ -309,17 +314,17 @@ class SearchSpace:
         stripped = text.strip()
         parts = stripped.split(".") if self._is_dotted else list(stripped)
         for part in parts:
-            if not re.fullmatch(r"0|[1-9][0-9]*", part):
+            if not (part.isascii() and part.isdigit()) or (part[0] == "0" and part != "0"):
                 form = "numbers separated by dots" if self._is_dotted else "digits"
                 raise ArchError(f"arch {text!r}: {part!r} is not a choice; expected {form}")
         if len(parts) != self.num_blocks:
             raise ArchError(f"arch {text!r}: {len(parts)} choices, expected {self.num_blocks}")
         choices = [int(part) for part in parts]
-        for block, choice in enumerate(choices):
-            if choice >= self.num_choices[block]:
+        for block, (choice, count) in enumerate(zip(choices, self._counts, strict=True)):
+            if choice >= count:
                 raise ArchError(
                     f"arch {text!r}: choice {choice} of block {block} is out of range; "
-                    f"expected 0 to {self.num_choices[block] - 1}"
+                    f"expected 0 to {count - 1}"
                 )
         return np.array(choices, dtype=np.uint8)
 
@@ -419,7 +424,7 @@ class SearchSpace:
             "head": asdict(self.head),
             "recipe": self.recipe,
         }
-        return json.loads(json.dumps(description))
+        return json.loads(json.dumps(description, default=int))
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> SearchSpace:
@@ -607,7 +612,7 @@ class Constraint:
 
 
 _SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-_BOUND = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)((?:[eE][+-]?[0-9]+)?)([kMG%]?)", re.ASCII)
+_BOUND = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)([kMG%]?)")
 _FORMS = (
     "330M, 60% (of the largest), a range 290M:330M, 290M: or :330M, a number, or a (low, high) pair"
 )
@@ -641,10 +646,10 @@ def parse_constraints(
             if value is not None
         )
     else:
-        resolved = tuple(constraints)
-        for constraint in resolved:
-            if not isinstance(constraint, Constraint):
-                raise ConstraintError(f"constraints must map metrics to bounds, got {constraint!r}")
+        is_resolved = isinstance(constraints, Iterable) and not isinstance(constraints, str)
+        resolved = tuple(constraints) if is_resolved else (constraints,)
+        if not all(isinstance(constraint, Constraint) for constraint in resolved):
+            raise ConstraintError(f"constraints must map metrics to bounds, got {constraints!r}")
     for constraint in resolved:
         _check_reachable(space, constraint)
     return resolved
@@ -678,12 +683,12 @@ def _parse_bound(space: SearchSpace, metric: str, bound: Any, given: str) -> flo
         match = _BOUND.fullmatch(bound.strip())
         if match is None:
             raise ConstraintError(f"{given}: cannot read {bound!r}; expected {_FORMS}")
-        number = Decimal(match[1] + match[2])
-        if match[3] == "%":
+        number = Decimal(match[1])
+        if match[2] == "%":
             if number > 100:
                 raise ConstraintError(f"{given}: {bound} of the largest; expected at most 100%")
             return float(number * Decimal(space.largest(metric)) / 100)
-        resolved = float(number * _SCALES[match[3]])
+        resolved = float(number * _SCALES[match[2]])
     elif isinstance(bound, Real) and not isinstance(bound, bool):
         resolved = float(bound)
     else:

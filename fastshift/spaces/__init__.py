@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastshift.errors import SpaceError
+from fastshift.errors import FastShiftError, SpaceError
 from fastshift.space import SearchSpace
 from fastshift.spaces.digits import digits
 from fastshift.spaces.nasbench_macro import nasbench_macro
@@ -66,7 +67,7 @@ def load(spec: str, **kwargs: Any) -> SearchSpace:
     Raises:
         SpaceError: unknown name, missing file or function, or what it returns is no `SearchSpace`.
     """
-    file, separator, function = spec.rpartition(":")
+    file, separator, function = str(spec).rpartition(":")
     if not separator or not file.endswith(".py"):
         if spec in _BUILDERS:
             return build(spec, **kwargs)
@@ -76,16 +77,19 @@ def load(spec: str, **kwargs: Any) -> SearchSpace:
     path = Path(file)
     if not path.is_file():
         raise SpaceError(f"space {spec!r}: there is no file {file!r}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"fastshift_space_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
+        builder = getattr(module, function, None)
+        if not callable(builder):
+            raise SpaceError(f"space {spec!r}: {file} has no function {function!r}")
+        space = _call(spec, builder, kwargs)
+    except FastShiftError:
+        raise
     except Exception as error:  # the user's own code: anything can come out of it
         raise SpaceError(f"space {spec!r}: {file} fails with {error!r}") from error
-    builder = getattr(module, function, None)
-    if not callable(builder):
-        raise SpaceError(f"space {spec!r}: {file} has no function {function!r}")
-    space = _call(spec, builder, kwargs)
     if not isinstance(space, SearchSpace):
         raise SpaceError(f"space {spec!r}: expected a SearchSpace, got {type(space).__name__}")
     return space

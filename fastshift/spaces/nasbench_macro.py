@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from fastshift.errors import SpaceError
-from fastshift.ops import Head, Op, Unit, identity, inverted_residual, projection
+from fastshift.ops import (
+    Head,
+    Op,
+    Unit,
+    identity,
+    inverted_residual,
+    projection,
+    scale_channels,
+)
 from fastshift.space import SearchSpace
 
 __all__ = ["canonical", "distinct", "nasbench_macro"]
@@ -35,17 +42,11 @@ def nasbench_macro(
     Raises:
         SpaceError: a value is out of range.
     """
-    if not width > 0:
-        raise SpaceError(f"width must be positive, got {width!r}")
-
-    def scaled(channels: int) -> int:
-        return max(8, round(channels * width / 8) * 8)
-
-    channels = scaled(STEM_CHANNELS)
+    channels = scale_channels(STEM_CHANNELS, width)
     stem = (Unit("dense", in_channels, channels, kernel=3),)
     blocks: list[tuple[Op, ...]] = []
     for num_blocks, out_channels in STAGES:
-        out_channels = scaled(out_channels)
+        out_channels = scale_channels(out_channels, width)
         for index in range(num_blocks):
             stride = 2 if index == 0 else 1
             skip = projection(channels, out_channels, 2) if index == 0 else identity(channels)
@@ -53,7 +54,7 @@ def nasbench_macro(
             large = inverted_residual(channels, out_channels, stride, expansion=6, kernel=5)
             blocks.append((skip, small, large))
             channels = out_channels
-    last = Unit("pointwise", channels, scaled(HEAD_CHANNELS))
+    last = Unit("pointwise", channels, scale_channels(HEAD_CHANNELS, width))
     return SearchSpace(
         "nasbench_macro",
         stem=stem,
@@ -79,12 +80,15 @@ def canonical(archs: Any) -> np.ndarray:
     The first block of a stage stays, since its choice 0 is a projection.
 
     Args:
-        archs: choices, `[P, 8]` integers in 0..2.
+        archs: `[P, 8]`, or anything `SearchSpace.as_archs` takes.
 
     Returns:
         `[P, 8]` uint8; two rows are equal exactly where the networks are.
+
+    Raises:
+        ArchError: a row is not in the space.
     """
-    archs = np.array(archs, dtype=np.uint8, ndmin=2)
+    archs = nasbench_macro().as_archs(archs)
     first = 0
     for num_blocks, _ in STAGES:
         inner = archs[:, first + 1 : first + num_blocks]
@@ -96,5 +100,4 @@ def canonical(archs: Any) -> np.ndarray:
 
 def distinct(space: SearchSpace) -> np.ndarray:
     """Return one string of every distinct network, the canonical one: `[3969, 8]` uint8, sorted."""
-    archs = np.array(list(product(*map(range, space.num_choices.tolist()))), dtype=np.uint8)
-    return np.unique(canonical(archs), axis=0)
+    return np.unique(canonical(list(product(*map(range, space.num_choices.tolist())))), axis=0)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fastshift.errors import SpaceError
-from fastshift.ops import Head, Op, Unit, shuffle_unit, shuffle_xception
+from fastshift.ops import (
+    Head,
+    Op,
+    Unit,
+    check_positive,
+    scale_channels,
+    shuffle_unit,
+    shuffle_xception,
+)
 from fastshift.space import SearchSpace
 
 __all__ = ["shufflenet_v2"]
@@ -33,25 +41,22 @@ def shufflenet_v2(
     Raises:
         SpaceError: a value is out of range.
     """
-    if not width >= 0.25:
-        raise SpaceError(f"width must be at least 0.25, got {width!r}")
-
-    def scaled(channels: int) -> int:
-        return max(8, round(channels * width / 8) * 8)
-
+    check_positive("shufflenet_v2", image_size=image_size)
+    channels = scale_channels(STEM_CHANNELS, width)
+    if channels == scale_channels(STAGES[0][1], width):
+        raise SpaceError(f"width {width!r} leaves the first stage no more channels than the stem")
     is_small = image_size < MIN_DOWNSAMPLED_SIZE
-    channels = scaled(STEM_CHANNELS)
     stem = (Unit("dense", in_channels, channels, kernel=3, stride=1 if is_small else 2),)
     blocks: list[tuple[Op, ...]] = []
     strides = SMALL_IMAGE_STRIDES if is_small else (2,) * len(STAGES)
     for (num_blocks, out_channels), first_stride in zip(STAGES, strides, strict=True):
-        out_channels = scaled(out_channels)
+        out_channels = scale_channels(out_channels, width)
         for index in range(num_blocks):
             stride = first_stride if index == 0 else 1
             units = [shuffle_unit(channels, out_channels, stride, kernel) for kernel in (3, 5, 7)]
             blocks.append((*units, shuffle_xception(channels, out_channels, stride)))
             channels = out_channels
-    last = Unit("pointwise", channels, scaled(HEAD_CHANNELS))
+    last = Unit("pointwise", channels, scale_channels(HEAD_CHANNELS, width))
     return SearchSpace(
         "shufflenet_v2",
         stem=stem,
