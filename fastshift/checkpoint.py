@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,6 +22,16 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from fastshift.durable import (
+    TEMPORARY,
+    ScoreLog,
+    naming,
+    read_file,
+    replace_file,
+    sync_folder,
+    truncate_log,
+    write_file,
+)
 from fastshift.errors import CheckpointError
 
 __all__ = [
@@ -43,7 +52,6 @@ _LATEST = "LATEST"
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _SUPERNET = "supernet.safetensors"
-_TEMPORARY = ".tmp-"
 _NO_DIGEST = "0" * 64
 # The supernet's own checksum sits in its header, written as if it were all zeros.
 _DIGEST = re.compile(rb'\{\\"sha256\\":\\"([0-9a-f]{64})\\"')
@@ -63,14 +71,14 @@ def save(
     serial: int,
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
     """Commit a checkpoint to `root/checkpoint/SERIAL/`, then remove all but the newest `keep`.
 
     Killed at any moment, or out of space, the checkpoint committed before stays valid and `load`
-    returns it. Tensors that share memory are stored apart. Floats in `state` come back exactly (NaN
-    and infinities included), integers of any size, tuples as lists.
+    returns it. Tensors that share memory are stored apart. Numbers in `state` come back exactly,
+    NaN and infinities included; tuples come back as lists.
 
     Args:
         root: the run directory.
@@ -106,31 +114,27 @@ def save(
     files[_MANIFEST] = _json_bytes(manifest)
 
     folder = Path(root) / _FOLDER
-    temporary, target = folder / f"{_TEMPORARY}{serial}", folder / f"{serial:08d}"
+    temporary, target = folder / f"{TEMPORARY}{serial}", folder / f"{serial:08d}"
     committed = _committed(folder)
     if committed is not None and serial <= int(committed[0]):
         raise ValueError(f"serial is {serial}, expected above {int(committed[0])}, the last")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
         _prune(folder, committed[0] if committed else None, keep)
         temporary.mkdir()
         for name, data in files.items():
-            _write(temporary / name, data)
-        _sync(temporary)
+            write_file(temporary / name, data)
+        sync_folder(temporary)
         os.replace(temporary, target)
-        _sync(folder)
-        latest = f"{target.name}\n{_sha256(files[_MANIFEST])}\n".encode()
-        _write(folder / f"{_TEMPORARY}{_LATEST}", latest)
+        sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         raise CheckpointError(f"checkpoint {serial} cannot be written: {error}") from error
-    try:
-        os.replace(folder / f"{_TEMPORARY}{_LATEST}", folder / _LATEST)
-        _sync(folder)
+    replace_file(folder / _LATEST, f"{target.name}\n{_sha256(files[_MANIFEST])}\n".encode())
+    with naming(folder, "pruned"):
         _prune(folder, target.name, keep)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be brought up to date: {error}") from error
     return target
 
 
@@ -154,7 +158,7 @@ def load(root: str | Path) -> Checkpoint | None:
         return None
     name, digest = committed
     chosen = folder / name
-    raw = _read(chosen / _MANIFEST)
+    raw = read_file(chosen / _MANIFEST)
     if _sha256(raw) != digest:
         raise CheckpointError(f"{chosen / _MANIFEST} is damaged: not the file that {_LATEST} names")
     manifest = json.loads(raw)
@@ -166,7 +170,7 @@ def load(root: str | Path) -> Checkpoint | None:
     state: dict[str, Any] = {}
     for filename, expected in manifest["files"].items():
         path = chosen / filename
-        data = _read(path)
+        data = read_file(path)
         if len(data) != expected["bytes"]:
             raise CheckpointError(
                 f"{path} is cut short or overlong: {len(data)} bytes, expected {expected['bytes']}"
@@ -181,7 +185,7 @@ def load(root: str | Path) -> Checkpoint | None:
 
 
 def save_supernet(
-    directory: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    directory: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]
 ) -> Path:
     """Write `directory/supernet.safetensors`, replacing an older one by one rename.
 
@@ -206,15 +210,9 @@ def save_supernet(
     assert found is not None
     data = data[: found.start(1)] + _sha256(data).encode() + data[found.end(1) :]
     path = Path(directory) / _SUPERNET
-    temporary = path.with_name(f"{_TEMPORARY}{_SUPERNET}")
-    try:
+    with naming(path.parent, "made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, data)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    replace_file(path, data)
     return path
 
 
@@ -237,7 +235,7 @@ def load_supernet(
     path = Path(path)
     if path.is_dir():
         path = path / _SUPERNET
-    data = _read(path)
+    data = read_file(path)
     header_end = 8 + int.from_bytes(data[:8], "little")
     found = _DIGEST.search(data, 8, header_end)
     if found is None:
@@ -261,95 +259,12 @@ def load_supernet(
     return tensors, meta
 
 
-def truncate_log(path: str | Path, length: int) -> None:
-    """Cut a log back to the byte length that a checkpoint recorded.
-
-    Args:
-        path: the log; may be missing where `length` is 0.
-        length: bytes to keep.
-
-    Raises:
-        CheckpointError: the log is shorter than `length`, or `length` is not the end of a line.
-    """
-    path = Path(path)
-    if length == 0 and not path.exists():
-        return
-    try:
-        with path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size < length:
-                raise CheckpointError(f"{path} has {size} bytes, expected at least {length}")
-            file.seek(max(length - 1, 0))
-            if length and file.read(1) != b"\n":
-                raise CheckpointError(f"{path} has no end of line at byte {length}, as recorded")
-            file.truncate(length)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be cut to {length} bytes: {error}") from error
-
-
-class ScoreLog:
-    """An append-only file of JSON lines, whose byte length a checkpoint records.
-
-    Every `append` reaches the operating system at once; `flush` makes it durable.
-
-    Args:
-        path: made where it is missing; otherwise it must end with a whole line (`truncate_log`).
-
-    Raises:
-        CheckpointError: the file cannot be opened, or its last line is not whole.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be opened: {error}") from error
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            self.close()
-            raise CheckpointError(f"{self.path} ends within a line, at byte {size}")
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line; `CheckpointError` where it cannot be written."""
-        try:
-            _write_all(self._file, json.dumps(row).encode() + b"\n")
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
-
-    def flush(self) -> int:
-        """Make all lines durable and return the file's length in bytes."""
-        try:
-            os.fsync(self._file)
-            return os.fstat(self._file).st_size
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
-
-    def close(self) -> None:
-        """Close the file; twice is harmless."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __enter__(self) -> ScoreLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 def _committed(folder: Path) -> tuple[str, str] | None:
     """The committed folder's name and its manifest's checksum, as `LATEST` says."""
     path = folder / _LATEST
     if not path.exists():
         return None
-    found = re.fullmatch(rb"([0-9]{8,})\n([0-9a-f]{64})\n", raw := _read(path))
+    found = re.fullmatch(rb"([0-9]{8,})\n([0-9a-f]{64})\n", raw := read_file(path))
     if found is None:
         raise CheckpointError(f"{path} is damaged: {raw[:80]!r}, expected a folder and a checksum")
     name, digest = found[1].decode(), found[2].decode()
@@ -371,7 +286,7 @@ def _prune(folder: Path, committed: str | None, keep: int) -> None:
     names = _serials(folder)
     last = names.index(committed) + 1 if committed is not None else 0
     stale = [folder / name for name in names[: max(last - keep, 0)] + names[last:]]
-    for path in [*stale, *folder.glob(f"{_TEMPORARY}*")]:
+    for path in [*stale, *folder.glob(f"{TEMPORARY}*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -380,7 +295,7 @@ def _prune(folder: Path, committed: str | None, keep: int) -> None:
 
 def _check_json(value: object, where: str) -> None:
     """Refuse what JSON would change or cannot hold."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"{where} has the key {key!r}, expected a string")
@@ -392,7 +307,7 @@ def _check_json(value: object, where: str) -> None:
         raise ValueError(f"{where} is a {type(value).__name__}, expected a value JSON can hold")
 
 
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
+def _json_bytes(value: dict[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -412,35 +327,3 @@ def _tensor_bytes(
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _write_all(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        _write_all(file, data)
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import torch as safetensors_torch
 
 from fastshift import checkpoint
+from fastshift.errors import CheckpointError
 
 
 def _tensors(seed: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -61,15 +73,361 @@ def test_a_checkpoint_comes_back_exactly(tmp_path):
     assert names == ["00000002", "00000003", "LATEST"]
 
 
-def test_a_flipped_byte_in_any_file_is_refused(tmp_path):
+def _damage(path: Path) -> Iterator[str]:
+    """Leave the file with one byte flipped (a sample of them), cut short, overlong, missing."""
+    good = path.read_bytes()
+    generator = random.Random(path.name)
+    positions = range(len(good))
+    for position in sorted(generator.sample(positions, min(len(good), 100))):
+        flipped = good[position] ^ (1 << generator.randrange(8))
+        path.write_bytes(good[:position] + bytes([flipped]) + good[position + 1 :])
+        yield f"byte {position} of {path.name} is {flipped}"
+    for length in (0, 1, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        yield f"{path.name} has {length} bytes"
+    path.write_bytes(good + b"\n")
+    yield f"{path.name} has a byte more"
+    path.write_bytes(good)
+
+
+def test_damage_to_any_byte_of_any_file_is_refused(tmp_path):
+    _save(tmp_path, 0)
     folder = _save(tmp_path, 1)
     files = [tmp_path / "checkpoint" / "LATEST", *folder.iterdir()]
     assert len(files) == 5
     for path in files:
-        good = path.read_bytes()
-        for position in range(len(good)):
-            path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
-            with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint/"):
-                checkpoint.load(tmp_path)
-        path.write_bytes(good)
+        for damage in _damage(path):
+            with pytest.raises(CheckpointError, match="checkpoint/") as caught:
+                pytest.fail(f"loaded although {damage}: {checkpoint.load(tmp_path)}")
+            assert "\n" not in str(caught.value)
     _assert_same(checkpoint.load(tmp_path), 1)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    folder = _save(tmp_path, 1)
+    for path in folder.iterdir():
+        good = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CheckpointError, match=path.name):
+            checkpoint.load(tmp_path)
+        path.write_bytes(good)
+    folder.rename(folder.with_name("00000007"))
+    with pytest.raises(CheckpointError, match="names '00000001', which is missing"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(CheckpointError, match="names '00000001', which is missing"):
+        _save(tmp_path, 8)
+
+
+def test_two_checkpoints_without_the_file_that_commits_one_are_refused(tmp_path):
+    _save(tmp_path, 1)
+    _save(tmp_path, 2)
+    (tmp_path / "checkpoint" / "LATEST").unlink()
+    with pytest.raises(CheckpointError, match="LATEST is missing"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_format_version_is_refused_by_number(tmp_path, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", 2)
+        _save(tmp_path, 1)
+        checkpoint.save_supernet(tmp_path, {}, {})
+    with pytest.raises(CheckpointError, match="format 2, expected 1"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(CheckpointError, match="format 2, expected 1"):
+        checkpoint.load_supernet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, "keep is 0"),
+        ({"serial": -1}, "serial is -1"),
+        ({"serial": 3}, "serial is 3, expected above 3"),
+        ({"state": {"a": {1: 2}}}, "state.a has the key 1"),
+        ({"state": {"a": [0, {"b": np.int64(1)}]}}, r"state\.a\[1\]\.b is a int64"),
+        ({"state": {"a": b"raw"}}, r"state\.a is a bytes"),
+        ({"tensors": {"../model": {}}}, "group '../model'"),
+        ({"tensors": {"model": {"a": torch.zeros(1, dtype=torch.complex128)}}}, "model holds"),
+    ],
+)
+def test_what_cannot_be_saved_exactly_is_named(tmp_path, options, message):
+    _save(tmp_path, 3)
+    arguments = {"serial": 4, "tensors": {}, "state": {}, **options}
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(tmp_path, arguments.pop("serial"), **arguments)
+    _assert_same(checkpoint.load(tmp_path), 3)
+
+
+def test_a_layout_without_contiguous_memory_of_its_own_is_saved_by_value(tmp_path):
+    base = torch.arange(24.0).view(1, 2, 3, 4)
+    tensors = {
+        "channels_last": base.contiguous(memory_format=torch.channels_last),
+        "expanded": torch.ones(1, 3).expand(2, 3),
+        "parameter": torch.nn.Parameter(base[:, 1]),
+        "bfloat16": base.to(torch.bfloat16),
+        "float64": base.double() / 3,
+    }
+    checkpoint.save(tmp_path, 1, tensors={"model": tensors}, state={})
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    for name, tensor in tensors.items():
+        assert torch.equal(found.tensors["model"][name], tensor)
+    found.tensors["model"]["float64"].add_(1)
+
+
+@pytest.fixture
+def no_sync(monkeypatch):
+    """Spare the waiting: only a loss of power, which no test here causes, would tell."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+class _Faults:
+    """Counts the calls that touch the disk, and fails one of them, a write after half its bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        self.error, self.left = error, -1
+        for name in ("open", "write", "fsync", "mkdir", "replace", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._wrap(name, getattr(os, name)))
+
+    def _wrap(self, name: str, call: Callable) -> Callable:
+        def wrapped(*arguments, **options):
+            self.left -= 1
+            if self.left == 0:
+                if name == "write":
+                    call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                raise self.error
+            return call(*arguments, **options)
+
+        return wrapped
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("num_earlier", [0, 3])
+def test_killed_at_any_call_to_the_disk_a_complete_checkpoint_is_left(
+    tmp_path, monkeypatch, no_sync, num_earlier
+):
+    found_serials = []
+    for call in itertools.count(1):
+        root = tmp_path / str(call)
+        for seed in range(num_earlier):
+            _save(root, seed)
+        with monkeypatch.context() as context, contextlib.suppress(_Killed):
+            faults = _Faults(context, _Killed())
+            faults.left = call
+            _save(root, num_earlier)
+        was_killed = faults.left <= 0
+        found = checkpoint.load(root)
+        found_serials.append(-1 if found is None else found.serial)
+        if found is not None:
+            _assert_same(found, found.serial)
+        # Whatever was left behind is in nobody's way and goes with the next save.
+        _save(root, num_earlier + 1, keep=1)
+        _assert_same(checkpoint.load(root), num_earlier + 1)
+        names = sorted(path.name for path in (root / "checkpoint").iterdir())
+        assert names == [f"{num_earlier + 1:08d}", "LATEST"]
+        if not was_killed:
+            break
+    assert call > 25
+    assert set(found_serials) == {num_earlier - 1, num_earlier}
+    assert found_serials == sorted(found_serials)
+
+
+def test_a_full_disk_leaves_the_checkpoint_committed_before(tmp_path, monkeypatch, no_sync):
+    found_serials = []
+    for call in itertools.count(1):
+        root = tmp_path / str(call)
+        for seed in range(3):
+            _save(root, seed)
+        message = ""
+        with monkeypatch.context() as context:
+            faults = _Faults(context, OSError(errno.ENOSPC, "No space left on device"))
+            faults.left = call
+            try:
+                _save(root, 3)
+            except CheckpointError as error:
+                message = str(error)
+        was_full = faults.left <= 0
+        found = checkpoint.load(root)
+        assert found is not None
+        _assert_same(found, found.serial)
+        found_serials.append(found.serial)
+        if message:
+            assert "No space left on device" in message
+            assert not list((root / "checkpoint").glob(".tmp-*"))
+        else:
+            assert found.serial == 3
+        if not was_full:
+            break
+    assert call > 25
+    assert set(found_serials) == {2, 3}
+
+
+def test_every_file_is_on_the_disk_before_the_rename_that_shows_it(tmp_path, monkeypatch):
+    _save(tmp_path, 0)
+    events = []
+    names: dict[int, Path] = {}
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace")}
+
+    def opened(path, *arguments, **options):
+        file = real["open"](path, *arguments, **options)
+        names[file] = Path(path)
+        return file
+
+    def written(file, data):
+        events.append(("write", names[file]))
+        return real["write"](file, data)
+
+    def synced(file):
+        events.append(("sync", names[file]))
+        return real["fsync"](file)
+
+    def replaced(source, target):
+        events.append(("replace", Path(source)))
+        return real["replace"](source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", opened)
+        context.setattr(os, "write", written)
+        context.setattr(os, "fsync", synced)
+        context.setattr(os, "replace", replaced)
+        _save(tmp_path, 1)
+    folder = tmp_path / "checkpoint"
+    renames = [index for index, (kind, _) in enumerate(events) if kind == "replace"]
+    assert [events[index][1] for index in renames] == [folder / ".tmp-1", folder / ".tmp-LATEST"]
+    shown, committed = renames
+    for index, (kind, path) in enumerate(events):
+        if kind == "write":
+            rename = shown if path.parent == folder / ".tmp-1" else committed
+            assert ("sync", path) in events[index:rename]
+    assert events[shown - 1] == ("sync", folder / ".tmp-1")
+    assert ("sync", folder) in events[shown:committed]
+    assert ("sync", folder) in events[committed:]
+
+
+_KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from fastshift import checkpoint
+
+root, trials = Path(sys.argv[1]), int(sys.argv[2])
+os.fsync = lambda file: None  # a killed process loses nothing that it wrote
+generator = random.Random(0)
+size = 40_000
+
+def content(serial):
+    return {"model": {"a": torch.full((size,), float(serial)), "b": torch.full((3,), serial)}}
+
+checkpoint.save(root, 0, tensors=content(0), state={"serial": 0})
+start = time.monotonic()
+checkpoint.save(root, 1, tensors=content(1), state={"serial": 1})
+cost_s = time.monotonic() - start
+
+last, seen = 1, set()
+for trial in range(trials):
+    child = os.fork()
+    if child == 0:
+        serial = last
+        while True:
+            serial += 1
+            checkpoint.save(root, serial, tensors=content(serial), state={"serial": serial})
+    time.sleep(generator.uniform(0.0, 4 * cost_s))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen |= {path.name[:5] for path in (root / "checkpoint").iterdir()}
+    found = checkpoint.load(root)
+    assert found is not None
+    assert found.serial >= last, (found.serial, last)
+    assert found.state == {"serial": found.serial}
+    for name, tensor in content(found.serial)["model"].items():
+        assert torch.equal(found.tensors["model"][name], tensor), name
+    last = found.serial
+print(last, sorted(seen))
+"""
+
+
+def test_kill_9_at_random_moments_never_costs_a_committed_checkpoint(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLER, str(tmp_path), "30"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # The kills found work to interrupt, and checkpoints went on being committed.
+    assert ".tmp-" in done.stdout
+    assert int(done.stdout.split()[0]) > 10
+
+
+def _meta() -> dict[str, object]:
+    recipe = {"constructor": "digits", "image_size": 8, "note": 'a "quoted" \\ name: é'}
+    return {"fingerprint": "abc", "name": "digits", "recipe": recipe}
+
+
+def test_a_supernet_comes_back_exactly(tmp_path):
+    tensors = _tensors(1)["model"]
+    path = checkpoint.save_supernet(tmp_path / "new" / "supernet", tensors, _meta())
+    assert path == tmp_path / "new" / "supernet" / "supernet.safetensors"
+    for given in (path, path.parent, str(path.parent)):
+        found, meta = checkpoint.load_supernet(given, fingerprint="abc")
+        assert meta == _meta()
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    written = path.read_bytes()
+    checkpoint.save_supernet(path.parent, tensors, _meta())
+    assert path.read_bytes() == written
+    assert [item.name for item in path.parent.iterdir()] == ["supernet.safetensors"]
+    # Readable by anyone's safetensors, too.
+    assert safetensors_torch.load_file(path).keys() == tensors.keys()
+
+
+def test_damage_to_any_byte_of_a_supernet_is_refused(tmp_path):
+    path = checkpoint.save_supernet(tmp_path, {"a": torch.arange(5.0)}, _meta())
+    for damage in _damage(path):
+        with pytest.raises(CheckpointError, match=r"supernet\.safetensors") as caught:
+            pytest.fail(f"loaded although {damage}: {checkpoint.load_supernet(path)}")
+        assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_supernet_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load_supernet(tmp_path)
+    foreign = tmp_path / "foreign.safetensors"
+    safetensors_torch.save_file({"a": torch.zeros(3)}, foreign)
+    with pytest.raises(CheckpointError, match="not a supernet of fastshift"):
+        checkpoint.load_supernet(foreign)
+    foreign.write_bytes(b"\x80\x04pickle")
+    with pytest.raises(CheckpointError, match="not a supernet of fastshift"):
+        checkpoint.load_supernet(foreign)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_tensor(tmp_path, bad):
+    tensors = {"good": torch.ones(3), "stem.weight": torch.tensor([1.0, bad])}
+    checkpoint.save_supernet(tmp_path, tensors, _meta())
+    with pytest.raises(CheckpointError, match=r"not finite, in 'stem\.weight'"):
+        checkpoint.load_supernet(tmp_path)
+
+
+def test_a_supernet_of_another_space_is_refused_by_name(tmp_path):
+    checkpoint.save_supernet(tmp_path, {}, _meta())
+    with pytest.raises(CheckpointError, match=r"another space: 'digits'.*expected 'xyz'"):
+        checkpoint.load_supernet(tmp_path, fingerprint="xyz")
+
+
+def test_a_full_disk_leaves_the_supernet_written_before(tmp_path, monkeypatch):
+    checkpoint.save_supernet(tmp_path, {"a": torch.zeros(3)}, _meta())
+    for call in (2, 3, 4, 5):  # open, write, sync, replace
+        with monkeypatch.context() as context:
+            faults = _Faults(context, OSError(errno.ENOSPC, "No space left on device"))
+            faults.left = call
+            with pytest.raises(CheckpointError, match=r"supernet\.safetensors.*No space left"):
+                checkpoint.save_supernet(tmp_path, {"a": torch.ones(3)}, _meta())
+            faults.left = -1
+        assert not checkpoint.load_supernet(tmp_path)[0]["a"].any()
+        assert [item.name for item in tmp_path.iterdir()] == ["supernet.safetensors"]
