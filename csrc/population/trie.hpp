@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -20,12 +19,10 @@ struct TrieLevel {
   std::vector<std::int32_t> leaves;
 };
 
-// parent segment or -1, start level, stop level, first leaf, stop leaf
-using TrieSegment = std::array<std::int32_t, 5>;
-
 struct TriePlan {
   std::vector<TrieLevel> levels;
-  std::vector<TrieSegment> segments;
+  // [S, 5]: parent segment or -1, start level, stop level, first leaf, stop leaf
+  std::vector<std::int32_t> segments;
 };
 
 class TrieBuilder {
@@ -119,11 +116,11 @@ class TrieBuilder {
 
   std::int32_t add_segment(std::int32_t parent, std::size_t start, std::size_t stop,
                            std::size_t first_leaf, std::size_t stop_leaf) {
-    plan_.segments.push_back({parent, static_cast<std::int32_t>(start),
-                              static_cast<std::int32_t>(stop),
-                              static_cast<std::int32_t>(first_leaf),
-                              static_cast<std::int32_t>(stop_leaf)});
-    return static_cast<std::int32_t>(plan_.segments.size()) - 1;
+    plan_.segments.push_back(parent);
+    for (const std::size_t value : {start, stop, first_leaf, stop_leaf}) {
+      plan_.segments.push_back(static_cast<std::int32_t>(value));
+    }
+    return static_cast<std::int32_t>(plan_.segments.size() / 5) - 1;
   }
 
   const std::uint8_t* archs_;
