@@ -22,50 +22,68 @@ CHUNK = 1024  # images converted at a time
 
 
 class ArraySource:
-    """Labelled images held in memory as `[n, C, H, W]` uint8.
+    """Labelled images held in memory.
 
     Args:
-        images: `[n, H, W, C]` uint8, C of 1 or 3; square unless `image_size` is given.
-        labels: `[n]` of any integer type.
-        name: what error messages call the set; `x_` and `y_` stand before it.
-        image_size: side to bring the images to once, now: an average over areas where it divides
-            their size, else antialiased bilinear; of an oblong image, the middle is kept.
-
-    Raises:
-        DataError: shape, dtype or length is not as described.
+        images: `[n, C, S, S]` uint8.
+        labels: `[n]` int64.
     """
 
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, name: str, image_size: int | None = None
-    ) -> None:
+    is_in_memory = True
+
+    def __init__(self, images: Tensor, labels: np.ndarray) -> None:
+        self.images = images
+        self.labels = labels
+        self.in_channels, self.image_size = images.shape[1:3]
+
+    @classmethod
+    def from_arrays(
+        cls, images: np.ndarray, labels: np.ndarray, name: str, image_size: int | None = None
+    ) -> ArraySource:
+        """Check arrays as a caller or a file has them, and copy them into a source.
+
+        Args:
+            images: `[n, H, W, C]` uint8, C of 1 or 3; square unless `image_size` is given.
+            labels: `[n]` of any integer type.
+            name: what error messages call the set; `x_` and `y_` stand before it.
+            image_size: side to bring the images to once, now: an average over areas where it
+                divides their side, else antialiased bilinear; of an oblong image the middle stays.
+
+        Raises:
+            DataError: shape, dtype or length is not as described.
+        """
         images = np.asarray(images)
         if images.dtype != np.uint8:
             raise DataError(f"x_{name}: dtype {images.dtype}, expected uint8")
-        if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
             raise DataError(
                 f"x_{name}: shape {list(images.shape)}, expected [n, H, W, C] with C of 1 or 3"
             )
-        _, height, width, self.in_channels = images.shape
-        if not height or not width:
-            raise DataError(f"x_{name}: shape {list(images.shape)}, expected images with pixels")
+        _, height, width, _ = images.shape
         if image_size is None and height != width:
             raise DataError(
                 f"x_{name}: images of {height}x{width}, expected square ones (or an image_size)"
             )
-        self.labels = check_labels(labels, len(images), f"y_{name}")
-        self.image_size = height if image_size is None else image_size
-        self.images = _planar(images, self.image_size)
+        labels = check_labels(labels, len(images), f"y_{name}")
+        return cls(_planar(images, height if image_size is None else image_size), labels)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the images in memory, in bytes."""
+        return self.images.numel()
+
+    def in_memory(self) -> ArraySource:
+        """Return the source itself."""
+        return self
 
     def take(self, positions: np.ndarray) -> Tensor:
-        """Return the images at `positions`, `[n, C, H, W]` uint8, a copy."""
-        return self.images[torch.from_numpy(positions)]
+        """Return the images at `positions`, `[n, C, S, S]` uint8, a copy."""
+        # index_select: 0.07 ms for 128 images of 3 kB, where self.images[...] takes 0.75 ms
+        return self.images.index_select(0, torch.from_numpy(positions))
 
     def subset(self, positions: np.ndarray, labels: np.ndarray) -> ArraySource:
         """Return a source of these images alone, with these labels."""
-        source = object.__new__(ArraySource)
-        source.in_channels, source.image_size = self.in_channels, self.image_size
-        source.images, source.labels = self.take(positions), labels
-        return source
+        return ArraySource(self.take(positions), labels)
 
     def digest(self) -> str:
         """Return a sha256 over shape, pixels and labels, as hexadecimal digits."""
@@ -76,11 +94,11 @@ class ArraySource:
 
 
 def _planar(images: np.ndarray, image_size: int) -> Tensor:
-    """Turn `[n, H, W, C]` uint8 into `[n, C, image_size, image_size]` uint8."""
+    """Turn `[n, H, W, C]` uint8 into `[n, C, image_size, image_size]` uint8, a copy."""
     num, height, width, channels = images.shape
     planar = torch.empty((num, channels, image_size, image_size), dtype=torch.uint8)
     for start in range(0, num, CHUNK):
-        chunk = torch.from_numpy(np.ascontiguousarray(images[start : start + CHUNK]))
+        chunk = torch.from_numpy(np.array(images[start : start + CHUNK], order="C"))
         chunk = chunk.permute(0, 3, 1, 2)
         if (height, width) != (image_size, image_size):
             chunk = _resized(chunk, image_size)
@@ -89,7 +107,7 @@ def _planar(images: np.ndarray, image_size: int) -> Tensor:
 
 
 def _resized(images: Tensor, image_size: int) -> Tensor:
-    """Scale the shorter side of `[n, C, H, W]` to `image_size` and keep the middle square."""
+    """Scale the middle square of `[n, C, H, W]` uint8 to `image_size`."""
     height, width = images.shape[2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -112,33 +130,48 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
         The arrays by name.
 
     Raises:
-        DataError: the file is missing, cut short, of another layout, or holds objects.
+        DataError: the file is missing, damaged, of another layout, or holds Python objects.
     """
-    if not Path(path).is_file():
-        raise DataError(f"npz:{path}: no such file, expected an npz with {', '.join(MEMBERS)}")
+    where = f"npz:{path}"
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"{where}: no such file, expected an npz with {', '.join(MEMBERS)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with file.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"npz:{path}: a single array, expected an npz archive")
-            _check_members(path, archive.files)
+                raise DataError(
+                    f"{where}: a single array, expected an npz with {', '.join(MEMBERS)}"
+                )
+            _check_members(where, archive.files)
             return {name: archive[name] for name in MEMBERS}
     except DataError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+    except (
+        # what zipfile, zlib and numpy raise on damaged bytes, and numpy on pickled objects
+        EOFError,
+        MemoryError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"npz:{path}: cannot be read ({error}), expected a whole npz of plain arrays"
+            f"{where}: cannot be read ({reason}), expected a whole npz of plain arrays"
         ) from error
 
 
-def _check_members(path: str, names: list[str]) -> None:
+def _check_members(where: str, names: list[str]) -> None:
     if {"meta", "train_0"} <= set(names):
         raise DataError(
-            f"npz:{path}: a pixpack container, expected plain arrays: "
-            f"write them with `python pixpack.py {path} OUT.npz`"
+            f"{where}: a pixpack container, expected the plain arrays that "
+            f"`python pixpack.py {where.removeprefix('npz:')} OUT.npz` writes"
         )
-    missing = [name for name in MEMBERS if name not in names]
-    unknown = [name for name in names if name not in MEMBERS]
-    if missing or unknown:
+    if sorted(names) != sorted(MEMBERS):
         raise DataError(
-            f"npz:{path}: members {', '.join(names) or 'none'}, expected {', '.join(MEMBERS)}"
+            f"{where}: members {', '.join(sorted(names)) or 'none'}, expected {', '.join(MEMBERS)}"
         )

@@ -14,7 +14,6 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 __all__ = ["Augmentation", "FixedBatches", "Normalisation", "Source", "TrainBatches"]
 
@@ -27,6 +26,14 @@ class Source(Protocol):
     labels: np.ndarray  # `[n]` int64
     in_channels: int
     image_size: int
+    is_in_memory: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the decoded images, in bytes."""
+
+    def in_memory(self) -> Source:
+        """Return a source of the same images that holds them decoded."""
 
     def take(self, positions: np.ndarray) -> Tensor:
         """Return the images at `positions`, `[n, C, H, W]` uint8, a copy."""
@@ -58,29 +65,39 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop of the zero-padded image, then a horizontal flip for half of the images.
+    """A random crop of the padded image, then a horizontal flip for half of the images.
+
+    It works on uint8, a quarter of the memory traffic of float32: with the normalisation behind it
+    a batch takes half the time that it takes the other way round.
 
     Attributes:
         padding: pixels added on each side before the crop; 0 for no crop.
+        fill: value of the added pixels per channel: the mean, so zero (to half a level) once
+            normalised.
         flip: whether images are flipped.
     """
 
     padding: int
+    fill: tuple[int, ...]
     flip: bool
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        """Augment a whole normalised batch, `[N, C, H, W]` float32, each image by its own draw."""
-        num, _, height, width = images.shape
+        """Augment a whole batch, `[N, C, H, W]` uint8, each image by its own draw."""
+        # numpy: its gather of windows takes 0.2 ms at [128, 3, 32, 32], torch's 1.2 ms
+        pixels = images.numpy()
+        num, channels, height, width = pixels.shape
         if self.padding:
-            side = 2 * self.padding + 1
-            top, left = rng.integers(side, size=(2, num))
-            padded = functional.pad(images, (self.padding,) * 4).numpy()
+            pad = self.padding
+            padded = np.empty((num, channels, height + 2 * pad, width + 2 * pad), np.uint8)
+            padded[:] = np.array(self.fill, np.uint8)[:, None, None]
+            padded[:, :, pad : pad + height, pad : pad + width] = pixels
+            top, left = rng.integers(2 * pad + 1, size=(2, num))
             windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))
-            images = torch.from_numpy(np.ascontiguousarray(windows[np.arange(num), :, top, left]))
+            pixels = windows[np.arange(num), :, top, left]
         if self.flip:
-            flipped = torch.from_numpy(np.flatnonzero(rng.random(num) < 0.5))
-            images[flipped] = images[flipped].flip(-1)
-        return images
+            flipped = np.flatnonzero(rng.random(num) < 0.5)
+            pixels[flipped] = pixels[flipped][..., ::-1]
+        return torch.from_numpy(pixels)
 
 
 class TrainBatches:
@@ -143,10 +160,10 @@ class TrainBatches:
         if index < 0 or size < 1:
             raise ValueError(f"index={index}, size={size}: expected index >= 0 and size >= 1")
         positions = self._positions[self._draw(index * size, (index + 1) * size, stream)]
-        images = self._normalise(self._source.take(positions))
+        images = self._source.take(positions)
         if self.augmentation is not None:
             images = self.augmentation(images, self._rng(stream, 1, index))
-        return images, torch.from_numpy(self._source.labels[positions])
+        return self._normalise(images), torch.from_numpy(self._source.labels[positions])
 
     def _draw(self, start: int, stop: int, stream: str) -> np.ndarray:
         """Return elements `start` to `stop` of the stream's concatenated permutations."""

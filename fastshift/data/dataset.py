@@ -15,48 +15,14 @@ from fastshift.data.batches import (
     Source,
     TrainBatches,
 )
+from fastshift.data.options import Options, check_at_least
 from fastshift.data.splits import check_classes, keep_classes, stratified
 from fastshift.errors import DataError
 
-__all__ = ["Data", "Options", "assemble"]
+__all__ = ["Data", "assemble"]
 
-SAMPLE = 16384  # training images that mean and standard deviation are taken from
-CHUNK = 1024  # images converted at a time
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `load` and `from_arrays` let a caller choose; `load` describes each."""
-
-    batch_size: int
-    seed: int
-    validation_size: int | float | None
-    calibration_batches: int | None
-    calibration_batch_size: int | None
-    validation_batch_size: int
-    image_size: int | None
-    augment: bool
-    flip: bool | None
-    classes: Sequence[int] | None
-    limit: int | None
-    max_memory_bytes: int
-
-    def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "calibration_batches",
-            "calibration_batch_size",
-            "validation_batch_size",
-            "image_size",
-            "limit",
-        ):
-            _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("seed", self.seed, 0)
-        _check_at_least("max_memory_bytes", self.max_memory_bytes, 0)
-        if self.classes is not None:
-            classes = list(self.classes)
-            if len(set(classes)) < max(2, len(classes)):
-                raise DataError(f"classes={classes}: expected at least two distinct labels")
+SAMPLE = 2048  # images on disk that mean and standard deviation are taken from
+CHUNK = 1024  # images counted at a time
 
 
 @dataclass(frozen=True)
@@ -151,13 +117,18 @@ def assemble(
     """
     if test is not None:
         _check_same_shape(train, test)
+    if class_names is not None and len(class_names) <= train.labels.max(initial=-1):
+        raise DataError(
+            f"class_names: {len(class_names)} names, expected {train.labels.max() + 1}, one a label"
+        )
     if options.classes is not None:
-        train = _kept(train, options.classes, "training")
-        test = test and _kept(test, options.classes, "test")
-        class_names = class_names and [class_names[label] for label in options.classes]
+        train, test, class_names = _with_classes(train, test, class_names, options.classes)
     num_classes = check_classes(train.labels, None if test is None else test.labels)
     if options.limit is not None:
         train = _limited(train, options.limit, num_classes, options.seed)
+    num_bytes = train.num_bytes + (0 if test is None else test.num_bytes)
+    if num_bytes <= options.max_memory_bytes:
+        train, test = train.in_memory(), None if test is None else test.in_memory()
     held, rest = _hold_out(train.labels, num_classes, options)
     chosen, calibration_batch_size = _calibration(train.labels[rest], options)
     normalise = _measure(train, rest)
@@ -172,7 +143,9 @@ def assemble(
         )
 
     augmentation = Augmentation(
-        padding=train.image_size // 8, flip=flip if options.flip is None else options.flip
+        padding=train.image_size // 8,
+        fill=tuple(round(255 * mean) for mean in normalise.mean),
+        flip=flip if options.flip is None else options.flip,
     )
     digests = [train.digest(), "" if test is None else test.digest()]
     return Data(
@@ -186,7 +159,9 @@ def assemble(
         ),
         validation=fixed(train, held, options.validation_batch_size),
         calibration=fixed(train, rest[chosen], calibration_batch_size),
-        test=test and fixed(test, np.arange(len(test.labels)), options.validation_batch_size),
+        test=None
+        if test is None
+        else fixed(test, np.arange(len(test.labels)), options.validation_batch_size),
         num_classes=num_classes,
         in_channels=train.in_channels,
         image_size=train.image_size,
@@ -198,11 +173,6 @@ def assemble(
     )
 
 
-def _check_at_least(name: str, value: int | None, lowest: int) -> None:
-    if value is not None and (isinstance(value, bool) or value != int(value) or value < lowest):
-        raise DataError(f"{name}={value}: expected an integer of at least {lowest}")
-
-
 def _check_same_shape(train: Source, test: Source) -> None:
     shapes = [(s.image_size, s.image_size, s.in_channels) for s in (train, test)]
     if shapes[0] != shapes[1]:
@@ -212,11 +182,22 @@ def _check_same_shape(train: Source, test: Source) -> None:
         )
 
 
-def _kept(source: Source, classes: Sequence[int], name: str) -> Source:
-    absent = sorted(set(classes) - set(source.labels.tolist()))
-    if absent and name == "training":
+def _with_classes(
+    train: Source,
+    test: Source | None,
+    class_names: Sequence[str] | None,
+    classes: Sequence[int],
+) -> tuple[Source, Source | None, Sequence[str] | None]:
+    """Return the images and the names of some classes, relabelled in the order given."""
+    absent = sorted(set(classes) - set(train.labels.tolist()))
+    if absent:
         raise DataError(f"classes={list(classes)}: label {absent[0]} has no training image")
-    return source.subset(*keep_classes(source.labels, classes))
+    train = train.subset(*keep_classes(train.labels, classes))
+    if test is not None:
+        test = test.subset(*keep_classes(test.labels, classes))
+    if class_names is not None:
+        class_names = [class_names[label] for label in classes]
+    return train, test, class_names
 
 
 def _limited(train: Source, limit: int, num_classes: int, seed: int) -> Source:
@@ -239,13 +220,16 @@ def _hold_out(
     if asked is None:
         # a tenth, but where that is under 1,000 images up to a quarter: scores need resolution
         size = max(num_classes, min(max(num // 10, min(1000, num // 4)), 5000))
+    elif isinstance(asked, float) and 0 < asked < 1:
+        size = round(asked * num)
     else:
-        size = round(asked * num) if isinstance(asked, float) else asked
-        if isinstance(asked, bool) or not num_classes <= size <= num - num_classes:
-            raise DataError(
-                f"validation_size={asked}: {size} of {num} images, expected {num_classes} to "
-                f"{num - num_classes} (each class stays in both parts)"
-            )
+        check_at_least("validation_size", asked, 1)
+        size = asked
+    if not num_classes <= size <= num - num_classes:
+        raise DataError(
+            f"validation_size={asked}: {size} of {num} images, expected {num_classes} to "
+            f"{num - num_classes} (each class stays in both parts)"
+        )
     rng = np.random.default_rng((options.seed, 1))
     held = stratified(labels, size, rng, at_least=1, spare=1)
     is_held = np.zeros(num, dtype=bool)
@@ -272,8 +256,8 @@ def _calibration(labels: np.ndarray, options: Options) -> tuple[np.ndarray, int]
 
 
 def _measure(source: Source, positions: np.ndarray) -> Normalisation:
-    """Return mean and standard deviation per channel, exactly, over at most `SAMPLE` images."""
-    if len(positions) > SAMPLE:
+    """Return mean and standard deviation per channel: exact, or of a sample of images on disk."""
+    if not source.is_in_memory and len(positions) > SAMPLE:
         positions = np.sort(np.random.default_rng(0).permutation(positions)[:SAMPLE])
     counts = np.zeros((source.in_channels, 256))
     for start in range(0, len(positions), CHUNK):

@@ -47,21 +47,26 @@ def check_classes(train: np.ndarray, test: np.ndarray | None) -> int:
     """
     if not len(train):
         raise DataError("training set: 0 images, expected at least two of each class")
-    counts = np.bincount(train) if train.max() < len(train) else None
-    if counts is None or not counts.all():
-        missing = int(np.setdiff1d(np.arange(len(train)), train)[0])
+    present = np.unique(train)
+    if len(present) < 2:
+        raise DataError(
+            f"training labels: all {len(train)} are {present[0]}, expected at least two classes"
+        )
+    if present[-1] >= len(present):
+        missing = np.setdiff1d(np.arange(len(present)), present)[0]
         raise DataError(
             f"training labels: highest {train.max()} but none is {missing}, "
             f"expected every class from 0 to the highest to have images"
         )
-    if len(counts) < 2:
-        raise DataError(f"training labels: all {len(train)} are 0, expected at least two classes")
+    counts = np.bincount(train)
     if counts.min() < 2:
         raise DataError(
             f"training labels: class {counts.argmin()} has 1 image, expected at least 2 "
             f"(one is held out for scoring)"
         )
-    if test is not None and len(test) and test.max() >= len(counts):
+    if test is not None and not len(test):
+        raise DataError("test set: 0 images, expected at least one")
+    if test is not None and test.max() >= len(counts):
         raise DataError(
             f"test labels: highest {test.max()}, expected at most {len(counts) - 1} as in training"
         )

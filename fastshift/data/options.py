@@ -1,0 +1,71 @@
+"""What a caller chooses about a data set: the fields of `Options`, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastshift.errors import DataError
+
+__all__ = ["Options", "check_at_least"]
+
+
+def check_at_least(name: str, value: int | None, lowest: int) -> None:
+    """Raise `DataError` unless an option is None or an integer of at least `lowest`."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is not None and not (is_integer and value >= lowest):
+        raise DataError(f"{name}={value!r}: expected an integer of at least {lowest}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller chooses about a data set, whatever its source.
+
+    Attributes:
+        batch_size: images in a training batch.
+        seed: fixes what is held out, the order of the training stream and its augmentation.
+        validation_size: images held out of the training set for scoring, a count or a fraction
+            below 1; if None a tenth, at most 5,000, and of small sets up to a quarter.
+        calibration_batches: number of calibration batches; if None 8, or as many as there are.
+        calibration_batch_size: images in one; if None 128, or the whole of a smaller part.
+        validation_batch_size: images in a batch of the scoring and the test set.
+        image_size: side to bring the images to, in pixels; as they are if None.
+        augment: whether training batches are augmented: a random crop of the image padded by an
+            eighth of its size, and a flip.
+        flip: whether augmentation flips; if None it does, but not for `digits`.
+        classes: keep the images with these labels only, relabelled from 0 in this order.
+        limit: keep this many training images only, stratified.
+        max_memory_bytes: size up to which images from files are decoded once and held in memory.
+    """
+
+    batch_size: int = 128
+    seed: int = 0
+    validation_size: int | float | None = None
+    calibration_batches: int | None = None
+    calibration_batch_size: int | None = None
+    validation_batch_size: int = 500
+    image_size: int | None = None
+    augment: bool = True
+    flip: bool | None = None
+    classes: Sequence[int] | None = None
+    limit: int | None = None
+    max_memory_bytes: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "calibration_batches",
+            "calibration_batch_size",
+            "validation_batch_size",
+            "image_size",
+            "limit",
+        ):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
+        check_at_least("max_memory_bytes", self.max_memory_bytes, 0)
+        if self.classes is not None:
+            classes = list(self.classes)
+            if len(set(classes)) < max(2, len(classes)):
+                raise DataError(f"classes={classes}: expected at least two distinct labels")
