@@ -82,7 +82,8 @@ def save(
 
     Args:
         root: the run directory.
-        serial: the checkpoint's number, greater than that of the one committed last.
+        serial: the checkpoint's number, at least that of the one committed last. The same number
+            again replaces that one as safely (`SERIAL-1`), and writes nothing where all is equal.
         tensors: group -> name -> tensor; each group is one safetensors file.
         state: JSON-able values with string keys.
         keep: how many committed checkpoints stay, at least 1.
@@ -113,18 +114,27 @@ def save(
     }
     files[_MANIFEST] = _json_bytes(manifest)
 
+    digest = _sha256(files[_MANIFEST])
+
     folder = Path(root) / _FOLDER
-    temporary, target = folder / f"{TEMPORARY}{serial}", folder / f"{serial:08d}"
+    name = f"{serial:08d}"
     committed = _committed(folder)
-    if committed is not None and serial <= int(committed[0]):
-        raise ValueError(f"serial is {serial}, expected above {int(committed[0])}, the last")
+    if committed is not None:
+        last, again = _order(committed[0])
+        if serial < last:
+            raise ValueError(f"serial is {serial}, expected at least {last}, committed last")
+        if serial == last and digest == committed[1]:
+            return folder / committed[0]
+        if serial == last:
+            name = f"{serial:08d}-{again + 1}"
+    temporary, target = folder / f"{TEMPORARY}{name}", folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
         _prune(folder, committed[0] if committed else None, keep)
         temporary.mkdir()
-        for name, data in files.items():
-            write_file(temporary / name, data)
+        for filename, data in files.items():
+            write_file(temporary / filename, data)
         sync_folder(temporary)
         os.replace(temporary, target)
         sync_folder(folder)
@@ -132,9 +142,9 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         raise CheckpointError(f"checkpoint {serial} cannot be written: {error}") from error
-    replace_file(folder / _LATEST, f"{target.name}\n{_sha256(files[_MANIFEST])}\n".encode())
+    replace_file(folder / _LATEST, f"{name}\n{digest}\n".encode())
     with naming(folder, "pruned"):
-        _prune(folder, target.name, keep)
+        _prune(folder, name, keep)
     return target
 
 
@@ -264,7 +274,7 @@ def _committed(folder: Path) -> tuple[str, str] | None:
     path = folder / _LATEST
     if not path.exists():
         return None
-    found = re.fullmatch(rb"([0-9]{8,})\n([0-9a-f]{64})\n", raw := read_file(path))
+    found = re.fullmatch(rb"([0-9]{8,}(?:-[0-9]+)?)\n([0-9a-f]{64})\n", raw := read_file(path))
     if found is None:
         raise CheckpointError(f"{path} is damaged: {raw[:80]!r}, expected a folder and a checksum")
     name, digest = found[1].decode(), found[2].decode()
@@ -277,8 +287,14 @@ def _serials(folder: Path) -> list[str]:
     """The names of the checkpoint folders, oldest first."""
     if not folder.is_dir():
         return []
-    names = [path.name for path in folder.iterdir() if re.fullmatch("[0-9]{8,}", path.name)]
-    return sorted(names, key=int)
+    pattern = re.compile("[0-9]{8,}(-[0-9]+)?")
+    return sorted((p.name for p in folder.iterdir() if pattern.fullmatch(p.name)), key=_order)
+
+
+def _order(name: str) -> tuple[int, int]:
+    """The serial in a folder's name, and how often it was saved again."""
+    serial, _, again = name.partition("-")
+    return int(serial), int(again or 0)
 
 
 def _prune(folder: Path, committed: str | None, keep: int) -> None:

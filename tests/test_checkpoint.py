@@ -137,12 +137,30 @@ def test_another_format_version_is_refused_by_number(tmp_path, monkeypatch):
         checkpoint.load_supernet(tmp_path)
 
 
+def test_the_same_serial_again_replaces_its_checkpoint_and_nothing_where_all_is_equal(tmp_path):
+    first = _save(tmp_path, 10)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert _save(tmp_path, 10) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    for count in range(1, 12):
+        state = {"seconds": count}
+        folder = checkpoint.save(tmp_path, 10, tensors={}, state=state, keep=1)
+        assert folder.name == f"00000010-{count}"
+        found = checkpoint.load(tmp_path)
+        assert found is not None
+        assert (found.serial, found.state) == (10, state)
+    assert _save(tmp_path, 11, keep=1).name == "00000011"
+    _assert_same(checkpoint.load(tmp_path), 11)
+    names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert names == ["00000011", "LATEST"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"keep": 0}, "keep is 0"),
         ({"serial": -1}, "serial is -1"),
-        ({"serial": 3}, "serial is 3, expected above 3"),
+        ({"serial": 2}, "serial is 2, expected at least 3"),
         ({"state": {"a": {1: 2}}}, "state.a has the key 1"),
         ({"state": {"a": [0, {"b": np.int64(1)}]}}, r"state\.a\[1\]\.b is a int64"),
         ({"state": {"a": b"raw"}}, r"state\.a is a bytes"),
@@ -235,6 +253,26 @@ def test_killed_at_any_call_to_the_disk_a_complete_checkpoint_is_left(
     assert found_serials == sorted(found_serials)
 
 
+def test_killed_while_a_serial_is_saved_again_one_of_the_two_is_left(
+    tmp_path, monkeypatch, no_sync
+):
+    found_states = []
+    for call in itertools.count(1):
+        root = tmp_path / str(call)
+        checkpoint.save(root, 5, tensors={}, state={"seconds": 1})
+        with monkeypatch.context() as context, contextlib.suppress(_Killed):
+            faults = _Faults(context, _Killed())
+            faults.left = call
+            checkpoint.save(root, 5, tensors={}, state={"seconds": 2}, keep=1)
+        found = checkpoint.load(root)
+        assert found is not None
+        found_states.append(found.state["seconds"])
+        if faults.left > 0:
+            break
+    assert set(found_states) == {1, 2}
+    assert found_states == sorted(found_states)
+
+
 def test_a_full_disk_leaves_the_checkpoint_committed_before(tmp_path, monkeypatch, no_sync):
     found_serials = []
     for call in itertools.count(1):
@@ -265,46 +303,37 @@ def test_a_full_disk_leaves_the_checkpoint_committed_before(tmp_path, monkeypatc
     assert set(found_serials) == {2, 3}
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
 def test_every_file_is_on_the_disk_before_the_rename_that_shows_it(tmp_path, monkeypatch):
     _save(tmp_path, 0)
-    events = []
-    names: dict[int, Path] = {}
-    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace")}
+    events: list[tuple[str, Path]] = []
 
-    def opened(path, *arguments, **options):
-        file = real["open"](path, *arguments, **options)
-        names[file] = Path(path)
-        return file
+    def record(name: str) -> None:
+        call = getattr(os, name)
 
-    def written(file, data):
-        events.append(("write", names[file]))
-        return real["write"](file, data)
+        def recorded(place, *arguments):
+            path = Path(f"/proc/self/fd/{place}").readlink() if isinstance(place, int) else place
+            events.append((name, path))
+            return call(place, *arguments)
 
-    def synced(file):
-        events.append(("sync", names[file]))
-        return real["fsync"](file)
-
-    def replaced(source, target):
-        events.append(("replace", Path(source)))
-        return real["replace"](source, target)
+        context.setattr(os, name, recorded)
 
     with monkeypatch.context() as context:
-        context.setattr(os, "open", opened)
-        context.setattr(os, "write", written)
-        context.setattr(os, "fsync", synced)
-        context.setattr(os, "replace", replaced)
+        for name in ("write", "fsync", "replace"):
+            record(name)
         _save(tmp_path, 1)
     folder = tmp_path / "checkpoint"
+    temporary = folder / ".tmp-00000001"
     renames = [index for index, (kind, _) in enumerate(events) if kind == "replace"]
-    assert [events[index][1] for index in renames] == [folder / ".tmp-1", folder / ".tmp-LATEST"]
+    assert [events[index][1] for index in renames] == [temporary, folder / ".tmp-LATEST"]
     shown, committed = renames
     for index, (kind, path) in enumerate(events):
         if kind == "write":
-            rename = shown if path.parent == folder / ".tmp-1" else committed
-            assert ("sync", path) in events[index:rename]
-    assert events[shown - 1] == ("sync", folder / ".tmp-1")
-    assert ("sync", folder) in events[shown:committed]
-    assert ("sync", folder) in events[committed:]
+            rename = shown if path.parent == temporary else committed
+            assert ("fsync", path) in events[index:rename]
+    assert events[shown - 1] == ("fsync", temporary)
+    assert ("fsync", folder) in events[shown:committed]
+    assert ("fsync", folder) in events[committed:]
 
 
 _KILLER = """
@@ -382,7 +411,6 @@ def test_a_supernet_comes_back_exactly(tmp_path):
     checkpoint.save_supernet(path.parent, tensors, _meta())
     assert path.read_bytes() == written
     assert [item.name for item in path.parent.iterdir()] == ["supernet.safetensors"]
-    # Readable by anyone's safetensors, too.
     assert safetensors_torch.load_file(path).keys() == tensors.keys()
 
 
