@@ -216,9 +216,14 @@ def train_step(
     """
     losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
     moving = any(p.requires_grad for p in supernet.trunk_parameters())
+    lone = plan.archs[0] if plan.num_leaves == 1 else None
 
     def node(level: int, index: int, op: nn.Module, x: Tensor) -> Tensor:
-        y, moments = norms.collect(op, x)
+        if lone is None:
+            y, moments = norms.collect(op, x)
+        else:
+            with _candidate_random((*key, level), lone, images.device):
+                y, moments = norms.collect(op, x)
         averages.add(op, moments, int(plan.weights[level][index]))
         return y
 
@@ -259,7 +264,7 @@ def train_step(
 
 @contextmanager
 def _candidate_random(
-    key: tuple[int, int], arch: np.ndarray, device: torch.device
+    key: tuple[int, ...], arch: np.ndarray, device: torch.device
 ) -> Iterator[None]:
     """Give what follows random numbers that depend on (seed, step, candidate) alone."""
     digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()

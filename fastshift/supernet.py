@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastshift.errors import ArchError, SpaceError
+from fastshift.errors import ArchError, CheckpointError, SpaceError
 from fastshift.layers import HeadModule, OpModule, UnitChain
 from fastshift.space import ModuleSpace, SearchSpace
 
@@ -199,6 +199,40 @@ class ChainSupernet(nn.Module):
         else:
             self.head = fresh
         self.space = self.space.with_classes(num_classes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name: weights, buffers, and `ema.`-prefixed moving averages of the shift steps."""
+        return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
+
+    def load_tensors(self, tensors: dict[str, Tensor], version: int) -> None:
+        """Take back what `tensors` gave.
+
+        Args:
+            tensors: by name; every weight and buffer must be there with its shape.
+            version: optimiser steps the weights had seen.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape.
+        """
+        own = {k: v for k, v in tensors.items() if not k.startswith("ema.")}
+        state = self.state_dict()
+        for key in sorted(state.keys() | own.keys()):
+            if key not in own or key not in state:
+                what = "is missing" if key not in own else "is unknown to the space"
+                raise CheckpointError(f"supernet weights: {key} {what}")
+            if own[key].shape != state[key].shape:
+                raise CheckpointError(
+                    f"supernet weights: {key} has shape {tuple(own[key].shape)}, "
+                    f"expected {tuple(state[key].shape)}"
+                )
+        self.load_state_dict(own)
+        device = next(self.parameters()).device
+        self.ema = {
+            k.removeprefix("ema."): v.clone().to(device)
+            for k, v in tensors.items()
+            if k.startswith("ema.")
+        }
+        self.version = version
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """Parameters of the stem and of every candidate op."""

@@ -1,0 +1,207 @@
+"""Score many architectures under a supernet's present weights: the piece others embed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
+from fastshift.steps import Statistics, calibrate_step, eval_step
+from fastshift.supernet import ChainSupernet
+from fastshift.trie import Plan
+
+__all__ = ["PRECISIONS", "STRATEGIES", "Evaluator", "Scores", "precision_scope"]
+
+STRATEGIES = ("shared", "sequential")
+PRECISIONS = ("fp32", "bf16")
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def precision_scope(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast scope of a precision: none for `fp32`, bfloat16 for `bf16`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation gives, row by row as asked.
+
+    Attributes:
+        errors: top-1 error in [0, 1], float32 `[P]`; NaN where the loss was not finite.
+        losses: mean cross-entropy in nats, float64 `[P]`; NaN likewise.
+        weights_version: optimiser steps the supernet had seen.
+        images: scored images per architecture.
+        calibration_images: calibration images per architecture.
+        sharing: cost of all paths over the cost computed; 1 for `sequential`.
+        seconds: wall time.
+    """
+
+    errors: np.ndarray
+    losses: np.ndarray
+    weights_version: int
+    images: int
+    calibration_images: int
+    sharing: float
+    seconds: float
+
+
+class Evaluator:
+    """Score architectures on fixed held-out batches.
+
+    Neither weights nor buffers of the supernet change, bit for bit, and scores do not depend on the order or the company
+    in which architectures are asked for.
+
+    Args:
+        supernet: with the weights to score under; they may move between calls.
+        batches: `(images, labels)` pairs that can be iterated again and again; images `[N, C, H, W]`.
+        calibration: batches for `recalibrate`, the same every time and disjoint from `batches`.
+        batch_norm: `recalibrate` (statistics of the calibration batches per candidate), `batch` (of the scored batch),
+            `running` (what pre-training left), `ema` (the same after the shift steps).
+        strategy: `shared` computes each node of the population's trie once; `sequential` is the plain definition,
+            one stand-alone copy of a path at a time.
+        subtrie_size: candidates that `shared` computes side by side; bounds memory, changes nothing else.
+        precision: `fp32` (the weights' own type) or `bf16` (autocast).
+
+    Raises:
+        ValueError: an unknown policy, strategy or precision, or `recalibrate` without calibration batches.
+    """
+
+    def __init__(
+        self,
+        supernet: ChainSupernet,
+        batches: Batches,
+        *,
+        calibration: Batches | None = None,
+        batch_norm: str = "recalibrate",
+        strategy: str = "shared",
+        subtrie_size: int = 8,
+        precision: str = "fp32",
+    ) -> None:
+        for name, value, known in (
+            ("batch_norm", batch_norm, POLICIES),
+            ("strategy", strategy, STRATEGIES),
+            ("precision", precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r}; expected one of {', '.join(known)}")
+        if batch_norm == "recalibrate" and calibration is None:
+            raise ValueError("calibration: none given; batch_norm='recalibrate' needs batches")
+        self.supernet = supernet
+        self.batches = batches
+        self.calibration = calibration
+        self.batch_norm = batch_norm
+        self.strategy = strategy
+        self.subtrie_size = subtrie_size
+        self.precision = precision
+
+    def __call__(self, archs: np.ndarray | Sequence) -> np.ndarray:
+        """Score architectures.
+
+        Args:
+            archs: choices `[P, L]`, a list of tuples, or of strings.
+
+        Returns:
+            Top-1 error in [0, 1], `[P]` float32, in the order given; NaN where the loss was not finite.
+
+        Raises:
+            ArchError: a row is not in the space.
+            ValueError: `ema` before any shift step, or no batches.
+        """
+        return self.evaluate(archs).errors
+
+    def evaluate(self, archs: np.ndarray | Sequence) -> Scores:
+        """Score architectures and say under which weights, at what cost; arguments and errors as for a call."""
+        rows = self.supernet.space.as_archs(archs)
+        if len(rows) == 0:
+            nothing = np.zeros(0)
+            return Scores(
+                nothing.astype(np.float32), nothing, self.supernet.version, 0, 0, 1.0, 0.0
+            )
+        if self.batch_norm == "ema" and not self.supernet.ema:
+            raise ValueError("batch_norm: 'ema' has no statistics before the first shift step")
+        begin = time.perf_counter()
+        plan = Plan(rows, self.subtrie_size)
+        score = self._shared if self.strategy == "shared" else self._sequential
+        wrong, losses, images, calibrated = score(plan)
+        if images == 0:
+            raise ValueError("batches: none to score on")
+        errors, losses = wrong / images, losses / images
+        failed = ~np.isfinite(losses)
+        errors[failed] = losses[failed] = np.nan
+        sharing = plan.sharing(self.supernet.space.flops_table)
+        return Scores(
+            errors.astype(np.float32)[plan.inverse],
+            losses[plan.inverse],
+            self.supernet.version,
+            images,
+            calibrated,
+            sharing if self.strategy == "shared" else 1.0,
+            time.perf_counter() - begin,
+        )
+
+    def _place(self, images: Tensor, labels: Tensor | None = None):
+        reference = next(self.supernet.parameters())
+        images = images.to(reference.device, reference.dtype)
+        return images, None if labels is None else labels.to(reference.device)
+
+    def _shared(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
+        supernet, norms = self.supernet, BatchNorms(self.supernet)
+        statistics = None
+        images = calibrated = 0
+        wrong, losses = None, None
+        device = next(supernet.parameters()).device
+        with evaluation_mode(supernet), precision_scope(self.precision, device):
+            if self.batch_norm == "recalibrate":
+                statistics = Statistics.empty(plan)
+                for x, _ in self.calibration:
+                    calibrate_step(supernet, norms, plan, self._place(x)[0], statistics)
+                    calibrated += len(x)
+                if calibrated == 0:
+                    raise ValueError("calibration: no batches; recalibrate needs at least one")
+            for x, y in self.batches:
+                x, y = self._place(x, y)
+                w, s = eval_step(supernet, norms, plan, x, y, self.batch_norm, statistics)
+                wrong, losses = (w, s) if wrong is None else (wrong + w, losses + s)
+                images += len(y)
+        if images == 0:
+            return np.zeros(0), np.zeros(0), 0, calibrated
+        return wrong.cpu().numpy().astype(float), losses.cpu().numpy(), images, calibrated
+
+    @torch.no_grad()
+    def _sequential(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
+        wrong, losses = np.zeros(plan.num_leaves), np.zeros(plan.num_leaves)
+        images = calibrated = 0
+        device = next(self.supernet.parameters()).device
+        recalibrates = self.batch_norm == "recalibrate"
+        with precision_scope(self.precision, device):
+            for index, arch in enumerate(plan.archs):
+                net = self.supernet.subnet(
+                    arch,
+                    calibration=self.calibration if recalibrates else None,
+                    statistics="ema" if self.batch_norm == "ema" else "running",
+                )
+                if self.batch_norm == "batch":
+                    for module in net.modules():
+                        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                            module.train()
+                images = 0
+                for x, y in self.batches:
+                    x, y = self._place(x, y)
+                    logits = net(x)
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    wrong[index] += int((logits.argmax(dim=1) != y).sum())
+                    losses[index] += float(functional.cross_entropy(logits, y, reduction="sum"))
+                    images += len(y)
+        if recalibrates:
+            calibrated = sum(len(x) for x, _ in self.calibration)
+        return wrong, losses, images, calibrated
