@@ -310,6 +310,8 @@ class Evolution:
         """
         settings = self._described()
         try:
+            if state["format"] != 1:
+                raise ValueError(f"format must be 1, got {state['format']!r}")
             for name, value in state["settings"].items():
                 if settings[name] != value:
                     raise CheckpointError(

@@ -45,7 +45,7 @@ class FeasibleSampler:
         >>> from fastshift import spaces
         >>> sampler = FeasibleSampler(spaces.build("nasbench_macro"), {"flops": "60M"}, seed=1)
         >>> sampler.count, sampler.sample(2).shape
-        (2853, (2, 8))
+        (4075, (2, 8))
     """
 
     _sampler_type = _core.Sampler
@@ -163,7 +163,7 @@ def _infeasible(space: SearchSpace, constraints: Sequence[Constraint]) -> str:
         f"{space.largest(metric):.10g}"
         for metric in dict.fromkeys(bound.metric for bound in constraints)
     )
-    return f"no architecture of {space.name} has {wanted(constraints)}: {extremes}"
+    return f"no architecture of {space.name} has {wanted(constraints)}; {extremes}"
 
 
 def _is_void(space: SearchSpace, bound: Constraint) -> bool:
