@@ -83,9 +83,12 @@ def test_a_pixpack_container_is_refused_by_name_with_the_command_that_converts_i
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("y_test"), "members x_test, x_train, y_train, expected x_train, y_train"),
-        (lambda m: m.update(extra=m["y_test"]), "members extra, x_test, "),
-        (lambda m: m.clear(), "members none, expected x_train"),
+        (
+            lambda m: m.pop("y_test"),
+            "members ['x_test', 'x_train', 'y_train'], expected ['x_test', ",
+        ),
+        (lambda m: m.update(extra=m["y_test"]), "members ['extra', 'x_test', "),
+        (lambda m: m.clear(), "members [], expected ['x_test', "),
         (lambda m: m.update(y_test=np.array([None])), "expected a whole npz of plain arrays"),
         (lambda m: m.update(x_test=m["x_test"] / 255.0), "x_test: dtype float64, expected uint8"),
     ],
