@@ -334,6 +334,7 @@ def test_unusable_arrays_are_refused_by_name_value_and_expectation(message):
         ({"batch_size": 0}, "batch_size=0: expected an integer of at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected an integer"),
         ({"batch_size": True}, "batch_size=True: expected an integer"),
+        ({"batch_size": None}, "batch_size=None: expected an integer of at least 1"),
         ({"seed": -1}, "seed=-1: expected an integer of at least 0"),
         ({"image_size": 0}, "image_size=0"),
         ({"validation_size": 3}, "validation_size=3: 3 of 400 images, expected 4 to 396"),
@@ -354,6 +355,11 @@ def test_unusable_options_are_refused_by_name_value_and_expectation(options, mes
     with pytest.raises(DataError) as caught:
         fsdata.from_arrays(*pictures(), **options)
     assert str(caught.value).startswith(message)
+
+
+def test_numpy_integers_are_accepted_and_described_as_plain_ones():
+    data = fsdata.from_arrays(*pictures(), seed=np.int64(3), batch_size=np.int32(8))
+    assert json.loads(json.dumps(data.describe()))["batch_size"] == 8
 
 
 def test_an_unknown_option_is_a_type_error():

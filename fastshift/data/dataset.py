@@ -39,6 +39,8 @@ class Data:
         image_size: side of an image, in pixels.
         class_names: a name per class, or None.
         spec: where the data come from.
+        seed: what fixed the held-out parts and fixes the training stream.
+        digest: sha256 over the images and labels of training and test set, before the hold-out.
         normalisation: mean and standard deviation of the training part, per channel, of 0..1.
     """
 
@@ -223,8 +225,7 @@ def _hold_out(
     elif isinstance(asked, float) and 0 < asked < 1:
         size = round(asked * num)
     else:
-        check_at_least("validation_size", asked, 1)
-        size = asked
+        size = check_at_least("validation_size", asked, 1)
     if not num_classes <= size <= num - num_classes:
         raise DataError(
             f"validation_size={asked}: {size} of {num} images, expected {num_classes} to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -187,7 +188,8 @@ def _common_size(root: Path, files: list[str]) -> int:
     return side
 
 
-def _pillow():
+def _pillow() -> ModuleType:
+    """Return Pillow's `Image` module, which only this source needs."""
     try:
         from PIL import Image
     except ImportError as error:

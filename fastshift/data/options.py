@@ -11,12 +11,25 @@ from fastshift.errors import DataError
 
 __all__ = ["Options", "check_at_least"]
 
+LOWEST = {
+    "batch_size": 1,
+    "seed": 0,
+    "calibration_batches": 1,
+    "calibration_batch_size": 1,
+    "validation_batch_size": 1,
+    "image_size": 1,
+    "limit": 1,
+    "max_memory_bytes": 0,
+}
+REQUIRED = ("batch_size", "seed", "validation_batch_size", "max_memory_bytes")  # never None
 
-def check_at_least(name: str, value: int | None, lowest: int) -> None:
-    """Raise `DataError` unless an option is None or an integer of at least `lowest`."""
+
+def check_at_least(name: str, value: int, lowest: int) -> int:
+    """Return an option as a plain integer, or raise `DataError` unless it is at least `lowest`."""
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if value is not None and not (is_integer and value >= lowest):
+    if not is_integer or value < lowest:
         raise DataError(f"{name}={value!r}: expected an integer of at least {lowest}")
+    return int(value)  # a numpy integer would not go into JSON
 
 
 @dataclass(frozen=True)
@@ -54,17 +67,10 @@ class Options:
     max_memory_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "calibration_batches",
-            "calibration_batch_size",
-            "validation_batch_size",
-            "image_size",
-            "limit",
-        ):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("seed", self.seed, 0)
-        check_at_least("max_memory_bytes", self.max_memory_bytes, 0)
+        for name, lowest in LOWEST.items():
+            value = getattr(self, name)
+            if value is not None or name in REQUIRED:
+                object.__setattr__(self, name, check_at_least(name, value, lowest))
         if self.classes is not None:
             classes = list(self.classes)
             if len(set(classes)) < max(2, len(classes)):
