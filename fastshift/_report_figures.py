@@ -139,8 +139,8 @@ def pareto_front(run: Run) -> tuple[str, str]:
 
     caption = (
         f"{len(front)} architectures that no scored architecture beats in both multiply-adds and "
-        f"{run.metric}, each under the weights of its own score. The chosen one costs "
-        f"{short_count(best['flops'])} multiply-adds an image."
+        f"{run.metric}, {_front_words(front)}. The chosen one costs {short_count(best['flops'])} "
+        "multiply-adds an image."
     )
     if limits:
         caption += " Dashed: the limit on multiply-adds."
@@ -234,6 +234,13 @@ def effective_choices(frequencies: list[float]) -> float:
     return float(np.exp(-(used * np.log(used)).sum()))
 
 
+def _front_words(front: list[dict[str, Any]]) -> str:
+    versions = {scored["weights_version"] for scored in front}
+    if len(versions) == 1:
+        return f"under the weights of version {versions.pop():,}"
+    return "each under the weights of its own score"
+
+
 def _value(run: Run, scored: dict[str, Any]) -> float:
     return scored["loss"] if run.metric == "loss" else 100 * scored["error"]
 
@@ -252,10 +259,17 @@ def _metric_label(run: Run) -> str:
 
 
 def _by_generation(run: Run) -> tuple[list[int], list[np.ndarray]]:
+    """Return the generations with a finite score, and the finite scores of their candidates."""
     values, generation = _values(run), run.scores.generation
-    is_finite = np.isfinite(values)
-    numbers = np.unique(generation[is_finite]).tolist()
-    return numbers, [values[is_finite & (generation == number)] for number in numbers]
+    numbers, groups = [], []
+    for entry, count in zip(run.result["generations"], run.num_candidates, strict=True):
+        # Within a generation the parents' new scores follow the candidates'.
+        group = values[generation == entry["generation"]][:count]
+        group = group[np.isfinite(group)]
+        if len(group):
+            numbers.append(entry["generation"])
+            groups.append(group)
+    return numbers, groups
 
 
 def _is_thinned(run: Run) -> bool:

@@ -27,7 +27,10 @@ _COLUMNS = ("error", "loss", "generation", "weights_version", "flops", "params")
 
 @dataclass(frozen=True)
 class Scores:
-    """The lines of `scores.jsonl` as columns `[n]`: float64 error and loss, int64 the rest."""
+    """The lines of `scores.jsonl` as columns `[n]`: float64 error and loss, int64 the rest.
+
+    Scores that were taken again under the final weights, after the last generation, are left out.
+    """
 
     archs: list[str]
     error: np.ndarray
@@ -77,7 +80,7 @@ class Run:
     Attributes:
         directory: where it lies.
         result: `result.json`.
-        config: `config.yaml`, and `config_text` its text.
+        config: `config.yaml`, and `config_text` its text; empty for a run started from Python.
         scores: `scores.jsonl`.
         space: the search space, or None where neither its description nor a known recipe is there.
     """
@@ -96,13 +99,19 @@ class Run:
         return "loss" if found == "loss" else "error"
 
     @property
+    def num_candidates(self) -> list[int]:
+        """Candidates of each generation; scores of parents taken again are not among them."""
+        return [_candidates(entry) for entry in self.result["generations"]]
+
+    @property
     def versions(self) -> list[int]:
         """The versions of the weights that scores were measured under, ascending."""
         return sorted(set(self.scores.weights_version.tolist()))
 
     def flops_limits(self) -> tuple[Constraint, ...]:
         """Return the run's constraint on multiply-adds, if there was one."""
-        limit = self.config.get("flops")
+        limits = self.result["shift"].get("constraints") or self.config
+        limit = limits.get("flops")
         if limit is None or self.space is None:
             return ()
         limit = tuple(limit) if isinstance(limit, list) else limit
@@ -163,7 +172,7 @@ def load(run_dir: str | Path) -> Run:
     """Read and check a run directory.
 
     Args:
-        run_dir: holds `result.json`, `scores.jsonl` and `config.yaml`.
+        run_dir: holds `result.json`, `scores.jsonl` and, unless started from Python, `config.yaml`.
 
     Raises:
         ConfigError: a file is missing or malformed.
@@ -183,7 +192,8 @@ def load(run_dir: str | Path) -> Run:
         raise ConfigError(
             f"{directory / 'result.json'} has no best architecture; expected a run that scored one"
         )
-    config_text = _read(directory / "config.yaml")
+    has_config = (directory / "config.yaml").exists()
+    config_text = _read(directory / "config.yaml") if has_config else ""
     try:
         config = yaml.safe_load(config_text) or {}
     except yaml.YAMLError as error:
@@ -216,6 +226,10 @@ def short_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _candidates(entry: dict[str, Any]) -> int:
+    return entry.get("candidates", entry["scored"])
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -227,18 +241,19 @@ def _read(path: Path) -> str:
 
 def _read_scores(path: Path) -> Scores:
     texts = _read(path).splitlines()
-    lines = [_score(text, f"{path}, line {number}") for number, text in enumerate(texts, start=1)]
+    found = [_score(text, f"{path}, line {number}") for number, text in enumerate(texts, start=1)]
+    lines = [line for line in found if line is not None]
     columns = list(zip(*lines, strict=True)) if lines else [()] * (1 + len(_COLUMNS))
     as_float = [np.array(column, dtype=np.float64) for column in columns[1:3]]
     as_int = [np.array(column, dtype=np.int64) for column in columns[3:]]
     return Scores(list(columns[0]), *as_float, *as_int)
 
 
-def _score(text: str, place: str) -> tuple[Any, ...]:
+def _score(text: str, place: str) -> tuple[Any, ...] | None:
     try:
         line = json.loads(text)
-        return (line["arch"], *(line[name] for name in _COLUMNS))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return None if line.get("final") else (line["arch"], *(line[name] for name in _COLUMNS))
+    except (json.JSONDecodeError, AttributeError, KeyError) as error:
         raise ConfigError(f"{place} is not a score: {error!r}") from error
 
 

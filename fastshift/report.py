@@ -28,6 +28,7 @@ _SUPERSCRIPTS = str.maketrans(
 )
 
 _BUDGET = {
+    "scored": "scores taken, parents' and final ones included",
     "train_images": "training images",
     "path_image_pairs": "training (path, image) pairs",
     "updates": "optimiser steps",
@@ -43,7 +44,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     The page is one file that needs nothing from elsewhere, and the same run gives the same bytes.
 
     Args:
-        run_dir: holds `result.json`, `scores.jsonl` and `config.yaml`.
+        run_dir: holds `result.json`, `scores.jsonl` and, where there is one, `config.yaml`.
 
     Returns:
         The page's path.
@@ -66,7 +67,7 @@ def summary(
     """Print a run's outcome as tables.
 
     Args:
-        run_dir: holds `result.json`, `scores.jsonl` and `config.yaml`.
+        run_dir: holds `result.json`, `scores.jsonl` and, where there is one, `config.yaml`.
         plain: print text in columns, without rich.
         stream: where to print; standard output by default.
 
@@ -121,8 +122,10 @@ def _retrained_rows(run: Run) -> list[tuple[str, ...]]:
 
 def _budget_rows(run: Run) -> list[tuple[str, str]]:
     result = run.result
-    scored = sum(entry["scored"] for entry in result["generations"])
-    rows = [("wall time", short_time(result["seconds"])), ("architectures scored", f"{scored:,}")]
+    rows = [
+        ("wall time", short_time(result["seconds"])),
+        ("candidates", f"{sum(run.num_candidates):,}"),
+    ]
     if result.get("archs_per_second"):
         rows.append(("architectures per second", f"{result['archs_per_second']:.3g}"))
     rows.extend(
@@ -183,12 +186,9 @@ def _document(run: Run) -> str:
     )
     tables = [
         pages.card("Budget", pages.table((), _budget_rows(run))),
-        pages.card("Search", pages.table((), _pairs(result["shift"]))),
+        pages.card("Search", pages.table((), _search_rows(run))),
         pages.card("Data", pages.table((), _pairs(result["data"]))),
-        pages.card(
-            "Configuration",
-            f"<details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>",
-        ),
+        pages.card("Configuration", _configuration(run)),
     ]
     cards = [
         pages.card("Search curve", *figures.search_curve(run)),
@@ -219,7 +219,6 @@ def _head(run: Run, title: str) -> str:
     result, best = run.result, run.result["best"]
     mode = str(result["shift"].get("mode", ""))
     method = _MODES.get(mode, f"Supernet Shifting, {mode}")
-    scored = sum(entry["scored"] for entry in result["generations"])
     shares = {"flops": "", "params": ""}
     if run.space is not None:
         for name in shares:
@@ -236,7 +235,7 @@ def _head(run: Run, title: str) -> str:
         ),
         (
             "searched",
-            f"{scored:,}",
+            f"{sum(run.num_candidates):,}",
             f"candidates in a space of {_size_words(result['space']['size'])}",
         ),
         ("wall time", short_time(result["seconds"]), _rate_words(result)),
@@ -272,6 +271,21 @@ def _frequency_words(run: Run) -> str:
             "architectures that are being compared."
         )
     return words + "The weights did not move: what concentrates is the population alone."
+
+
+def _configuration(run: Run) -> str:
+    if not run.config_text:
+        return "<p>The run was started from Python and has no config.yaml.</p>"
+    return f"<details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>"
+
+
+def _search_rows(run: Run) -> list[tuple[str, str]]:
+    """Return how the run searched, without the options that stand there under a shorter name."""
+    facts = run.result["shift"]
+    doubles = {name for name in facts if name.removeprefix("shift_") in facts.keys() - {name}}
+    if "mode" in facts:
+        doubles.add("shift")
+    return _pairs({name: value for name, value in facts.items() if name not in doubles})
 
 
 def _retrained_cards(run: Run) -> list[str]:
@@ -332,6 +346,8 @@ def _value_words(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value_words(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_value_words, value))
     return str(value)

@@ -299,6 +299,28 @@ def test_many_scores_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
     assert caption.startswith(f"{MAX_POINTS:,} of {len(lines) * copies:,} scores")
 
 
+def test_scores_taken_again_are_not_counted_as_candidates(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    lines = (directory / "scores.jsonl").read_text().splitlines()
+    # A parent's new score in generation 0, and one under the final weights after the last one.
+    again = {**json.loads(lines[0]), "error": 0.001}
+    final = {**json.loads(lines[0]), "generation": 3, "error": 0.002, "final": True}
+    lines = [*lines[:6], json.dumps(again), *lines[6:], json.dumps(final)]
+    before = search_curve(load(directory))
+    num_scores = len(load(directory).scores.archs)
+    (directory / "scores.jsonl").write_text("\n".join(lines))
+    run = load(directory)
+    assert run.num_candidates == [6, 6, 6]
+    assert search_curve(run) == before
+    assert len(run.scores.archs) == num_scores + 1
+
+
+def test_a_run_started_from_python_has_a_report_too(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, num_generations=1)
+    (directory / "config.yaml").unlink()
+    assert "The run was started from Python" in read_page(directory)
+
+
 def test_a_run_that_stopped_early_says_why(tmp_path: Path) -> None:
     page = read_page(make_run(tmp_path, num_generations=1, moves=False, stopped="disk is full"))
     assert "Stopped early: disk is full" in page
@@ -368,7 +390,7 @@ def test_a_space_of_modules_is_drawn_from_its_tables(tmp_path: Path) -> None:
         ("scores.jsonl", '{"arch": "0"}\n', r"scores\.jsonl, line 1 is not a score"),
         ("scores.jsonl", "not json", r"scores\.jsonl, line 1 is not a score"),
         ("config.yaml", "a: [", r"config\.yaml is not YAML"),
-        ("config.yaml", None, r"config\.yaml cannot be read"),
+        ("scores.jsonl", None, r"scores\.jsonl cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(
