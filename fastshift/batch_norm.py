@@ -84,12 +84,13 @@ class BatchNorms:
             for (_, norm), (mean, var) in zip(found, moments, strict=True):
                 # With momentum 1 the update replaces the zeros by the batch's moments, exactly.
                 norm._buffers.update(running_mean=mean, running_var=var, num_batches_tracked=None)
-                norm.momentum, norm.training = 1.0, training
+                # Past nn.Module.__setattr__, which costs more than the rest of this loop.
+                norm.__dict__.update(momentum=1.0, training=training)
             return owner(x)
         finally:
             for (_, norm), (buffers, momentum, mode) in zip(found, saved, strict=True):
                 norm._buffers.update(buffers)
-                norm.momentum, norm.training = momentum, mode
+                norm.__dict__.update(momentum=momentum, training=mode)
 
 
 class MomentSums:

@@ -189,6 +189,7 @@ class PathTrainer:
         self.precision = precision
         self.updates = self.skipped = self.skipped_in_row = self.path_images = self.images = 0
         self._random_trunk_checked = False
+        self._trunk = supernet.trunk_parameters()
 
     def update(
         self, plan: Plan, images: Tensor, labels: Tensor, *, position: int, lr: float | None = None
@@ -217,7 +218,8 @@ class PathTrainer:
         reference = next(supernet.parameters())
         images = images.to(reference.device, reference.dtype)
         labels = labels.to(reference.device)
-        supernet.train()
+        if not supernet.training:
+            supernet.train()
         averages = MovingAverages(self.norms)
         with precision_scope(self.precision, reference.device):
             losses = train_step(
@@ -230,6 +232,7 @@ class PathTrainer:
                 key=(self.seed, position),
                 label_smoothing=self.label_smoothing,
                 scale=1.0 if self.reduction == "sum" else 1.0 / plan.num_rows,
+                moving=any(p.requires_grad for p in self._trunk),
             )
         counts = torch.as_tensor(plan.counts, dtype=torch.float64, device=losses.device)
         loss = float((losses * counts).sum()) / plan.num_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -193,6 +193,7 @@ def train_step(
     key: tuple[int, int],
     label_smoothing: float = 0.0,
     scale: float = 1.0,
+    moving: bool = True,
 ) -> Tensor:
     """Add up the gradients of every candidate's loss on one batch, each node forward and backward once.
 
@@ -210,20 +211,15 @@ def train_step(
         key: (seed, step) of the head's random masks; the candidate is the third part.
         label_smoothing: of the cross-entropy.
         scale: factor of the loss.
+        moving: whether any parameter of the trunk needs a gradient.
 
     Returns:
         Mean cross-entropy of each leaf, `[D]` float64, detached.
     """
     losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
-    moving = any(p.requires_grad for p in supernet.trunk_parameters())
-    lone = plan.archs[0] if plan.num_leaves == 1 else None
 
     def node(level: int, index: int, op: nn.Module, x: Tensor) -> Tensor:
-        if lone is None:
-            y, moments = norms.collect(op, x)
-        else:
-            with _candidate_random((*key, level), lone, images.device):
-                y, moments = norms.collect(op, x)
+        y, moments = norms.collect(op, x)
         averages.add(op, moments, int(plan.weights[level][index]))
         return y
 
@@ -251,27 +247,35 @@ def train_step(
         if total.requires_grad:
             total.backward()
 
-    with torch.set_grad_enabled(moving):
+    # A lone candidate may draw random numbers anywhere; several may not before they split.
+    lone = plan.num_leaves == 1
+    with _candidate_random(key, plan.archs[0], images.device) if lone else nullcontext():
         x, moments = norms.collect(supernet.stem, images)
-    averages.add(supernet.stem, moments, plan.num_rows)
-    split = x.detach().requires_grad_(moving)
-    for root in plan.roots:
-        backward(root, split)
-    if x.requires_grad:
-        torch.autograd.backward(x, split.grad)
+        averages.add(supernet.stem, moments, plan.num_rows)
+        split = x.detach().requires_grad_(moving)
+        for root in plan.roots:
+            backward(root, split)
+        if x.requires_grad:
+            torch.autograd.backward(x, split.grad)
     return losses
 
 
 @contextmanager
 def _candidate_random(
-    key: tuple[int, ...], arch: np.ndarray, device: torch.device
+    key: tuple[int, int], arch: np.ndarray, device: torch.device
 ) -> Iterator[None]:
     """Give what follows random numbers that depend on (seed, step, candidate) alone."""
     digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int.from_bytes(digest, "little"))
+    # The generator itself: torch.manual_seed formats a stack trace for every device it has not started, 2 ms.
+    generator = torch.default_generator
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+    state = generator.get_state()
+    generator.manual_seed(int.from_bytes(digest, "little"))
+    try:
         yield
+    finally:
+        generator.set_state(state)
 
 
 def refuse_random_trunk(supernet: ChainSupernet) -> None:
