@@ -294,7 +294,7 @@ def test_the_core_refuses_arrays_it_would_have_to_convert():
         ({"num_choices": np.array([3, 0], np.int32)}, "1 to 256 choices"),
         ({"num_choices": np.array([3, 3, 3], np.int32)}, "bins"),
         ({"bins": np.full((2, 3), -1, np.int32)}, "no negative entry"),
-        ({"bounds": [(np.zeros((2, 2)), 0.0, 0.0, 1.0)]}, r"\[C, L, O\]"),
+        ({"bounds": [(np.zeros((2, 2)), 0.0, 0.0, 1.0)]}, r"costs \[L, O\]"),
     ],
 )
 def test_the_core_refuses_tables_that_do_not_fit(change, match):

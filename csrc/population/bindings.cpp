@@ -1,6 +1,4 @@
 // fastshift._core: the population core for Python. No algorithm lives here.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstddef>
@@ -18,6 +16,7 @@
 #include "trie.hpp"
 
 using namespace fastshift;
+using namespace py::literals;
 
 using Bound = std::tuple<Array<double>, double, double, double>;  // costs [L, O], fixed, low, high
 // Architectures and their errors, losses, flops, versions and generations.
@@ -26,6 +25,13 @@ using Kept = std::tuple<Array<std::uint8_t>, Array<double>, Array<double>, Array
 // Generator, generation, proposals, accepted, seen, kept.
 using State = std::tuple<Rng::State, std::int64_t, std::uint64_t, std::uint64_t,
                          Array<std::uint8_t>, Kept>;
+
+// What a function returns that runs without the interpreter's lock.
+template <typename Function>
+auto unlocked(Function function) {
+  const py::gil_scoped_release release;
+  return function();
+}
 
 std::shared_ptr<Sampler> make_sampler(const Array<std::int32_t>& num_choices,
                                       const Array<std::int32_t>& bins, std::int64_t low_bin,
@@ -52,11 +58,7 @@ py::object count(const Sampler& sampler) {
 py::tuple sample(const Sampler& sampler, std::size_t num, const Rng::State& state) {
   Rng rng(state);
   std::uint64_t proposals = 0;
-  std::vector<std::uint8_t> archs;
-  {
-    const py::gil_scoped_release release;
-    archs = sampler.sample(rng, num, proposals);
-  }
+  auto archs = unlocked([&] { return sampler.sample(rng, num, proposals); });
   return py::make_tuple(adopt_rows(std::move(archs), sampler.num_blocks()), rng.state(), proposals);
 }
 
@@ -85,12 +87,7 @@ std::unique_ptr<Population> make_population(std::shared_ptr<Sampler> sampler,
 }
 
 Array<std::uint8_t> ask(Population& population) {
-  std::vector<std::uint8_t> archs;
-  {
-    const py::gil_scoped_release release;
-    archs = population.ask();
-  }
-  return adopt_rows(std::move(archs), population.num_blocks());
+  return adopt_rows(unlocked([&] { return population.ask(); }), population.num_blocks());
 }
 
 using Scores = void (Population::*)(const std::uint8_t*, std::size_t, const double*, const double*,
@@ -103,8 +100,7 @@ void scores(Population& population, const Array<std::uint8_t>& archs, const Arra
   const double* error = column(errors, num, "errors");
   const double* loss = column(losses, num, "losses");
   const std::int64_t* flop = column(flops, num, "flops");
-  const py::gil_scoped_release release;
-  (population.*method)(archs.data(), num, error, loss, flop, version);
+  unlocked([&] { (population.*method)(archs.data(), num, error, loss, flop, version); });
 }
 
 Kept kept(const Population& population) {
@@ -151,14 +147,9 @@ void set_state(Population& population, const State& columns) {
 
 py::dict last_ask(const Population& population) {
   const AskReport& report = population.last_ask();
-  py::dict result;
-  result["parents"] = report.parents;
-  result["mutants"] = report.mutants;
-  result["children"] = report.children;
-  result["random"] = report.random;
-  result["tries"] = report.tries;
-  result["is_exhausted"] = report.is_exhausted;
-  return result;
+  return py::dict("parents"_a = report.parents, "mutants"_a = report.mutants,
+                  "children"_a = report.children, "random"_a = report.random,
+                  "tries"_a = report.tries, "is_exhausted"_a = report.is_exhausted);
 }
 
 Objectives objectives(const Array<double>& values) {
@@ -178,11 +169,8 @@ Array<double> crowding(const Array<double>& values, const Array<std::int32_t>& r
 py::tuple build_trie(const Array<std::uint8_t>& archs, std::int64_t subtrie_size) {
   const std::size_t num = rows_of(archs, 2, "archs");
   const auto num_blocks = static_cast<std::size_t>(archs.shape(1));
-  TriePlan plan;
-  {
-    const py::gil_scoped_release release;
-    plan = TrieBuilder(archs.data(), num, num_blocks, subtrie_size).build();
-  }
+  TriePlan plan = unlocked(
+      [&] { return TrieBuilder(archs.data(), num, num_blocks, subtrie_size).build(); });
   py::list parent, choice, leaves;
   for (TrieLevel& level : plan.levels) {
     parent.append(adopt(std::move(level.parent)));

@@ -83,14 +83,16 @@ inline std::vector<double> crowding_distance(const Objectives& table,
       if (ranks[a] != ranks[b]) return ranks[a] < ranks[b];
       return value(a) != value(b) ? value(a) < value(b) : a < b;
     });
-    for (std::size_t first = 0, stop = 0; first < order.size(); first = stop) {
-      while (stop < order.size() && ranks[order[stop]] == ranks[order[first]]) ++stop;
-      const double span = value(order[stop - 1]) - value(order[first]);
-      distance[order[first]] = std::numeric_limits<double>::infinity();
-      distance[order[stop - 1]] = std::numeric_limits<double>::infinity();
+    for (auto first = order.begin(), stop = first; first != order.end(); first = stop) {
+      stop = std::find_if(first, order.end(),
+                          [&](std::size_t i) { return ranks[i] != ranks[*first]; });
+      const auto last = stop - 1;
+      const double span = value(*last) - value(*first);
+      distance[*first] = std::numeric_limits<double>::infinity();
+      distance[*last] = std::numeric_limits<double>::infinity();
       if (!(span > 0.0) || std::isinf(span)) continue;
-      for (std::size_t i = first + 2; i < stop; ++i) {
-        distance[order[i - 1]] += (value(order[i]) - value(order[i - 2])) / span;
+      for (auto i = first + 1; i < last; ++i) {
+        distance[*i] += (value(*(i + 1)) - value(*(i - 1))) / span;
       }
     }
   }

@@ -102,9 +102,8 @@ class Population {
     archs.reserve(settings_.population * num_blocks());
     const std::vector<std::uint8_t> parents = parent_rows();
     if (!parents.empty()) {
-      const auto pick = [&] {
-        return parents.data() + rng_.below(static_cast<std::uint32_t>(num_parents())) * num_blocks();
-      };
+      const auto num = static_cast<std::uint32_t>(num_parents());
+      const auto pick = [&] { return parents.data() + rng_.below(num) * num_blocks(); };
       report_.mutants = produce(settings_.mutation, archs, [&](std::uint8_t* child) {
         mutate(pick(), child);
         return sampler_->is_feasible(child);
@@ -130,8 +129,8 @@ class Population {
     ++generation_;
   }
 
-  // New scores of kept architectures, which keep their generation. Where weights move, those without
-  // a new score are dropped.
+  // New scores of kept architectures, which keep their generation. Where weights move, those
+  // without a new score are dropped.
   void replace_scores(const std::uint8_t* archs, std::size_t num_archs, const double* errors,
                       const double* losses, const std::int64_t* flops, std::int64_t version) {
     ArchSet known(num_blocks());

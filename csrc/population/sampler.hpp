@@ -45,8 +45,7 @@ class Sampler {
     limbs_ = bits / 64 + 1;
     count_completions(low_bin, high_bin);
     const std::uint64_t* total = completions(0, 0);
-    count_.assign(limbs_, 0);
-    if (total != nullptr) count_.assign(total, total + limbs_);
+    count_.assign(total, total + limbs_);
     measure_ranks();
   }
 
@@ -81,19 +80,18 @@ class Sampler {
 
   // The architecture at a rank below count(), in lexicographic order. `rank` is used up.
   void unrank(Rank& rank, std::uint8_t* arch) const {
+    if (limbs_ == 1) return unrank_word(rank[0], arch);
     std::int64_t sum = 0;
     for (std::size_t block = 0; block < num_blocks(); ++block) {
       const std::int32_t* bins = bins_.data() + block * max_choices_;
-      for (std::int32_t choice = 0; choice < num_choices_[block]; ++choice) {
+      std::int32_t choice = 0;
+      for (; choice + 1 < num_choices_[block]; ++choice) {
         const std::uint64_t* count = completions(block + 1, sum + bins[choice]);
-        if (count == nullptr) continue;
-        if (is_less(rank.data(), count)) {
-          arch[block] = static_cast<std::uint8_t>(choice);
-          sum += bins[choice];
-          break;
-        }
+        if (is_less(rank.data(), count)) break;
         subtract(rank.data(), count);
       }
+      arch[block] = static_cast<std::uint8_t>(choice);
+      sum += bins[choice];
     }
   }
 
@@ -137,12 +135,32 @@ class Sampler {
   }
 
  private:
-  // Counts for the prefix sums first .. first + size - 1 of a level; elsewhere they are 0.
+  // Counts for the prefix sums first .. first + size - 1 of a level, and a 0 for all other sums.
   struct Band {
     std::int64_t first = 0;
     std::int64_t size = 0;
     std::size_t offset = 0;
   };
+
+  // The same for counts of one word, without a branch that depends on the rank.
+  void unrank_word(std::uint64_t rank, std::uint8_t* arch) const {
+    std::int64_t sum = 0;
+    for (std::size_t block = 0; block < num_blocks(); ++block) {
+      const std::int32_t* bins = bins_.data() + block * max_choices_;
+      std::uint64_t before = 0;  // ranks of lower choices
+      std::uint64_t passed = 0;
+      std::int32_t choice = 0;
+      for (std::int32_t next = 0; next + 1 < num_choices_[block]; ++next) {
+        before += *completions(block + 1, sum + bins[next]);
+        const bool is_passed = rank >= before;
+        choice += static_cast<std::int32_t>(is_passed);
+        passed = is_passed ? before : passed;
+      }
+      arch[block] = static_cast<std::uint8_t>(choice);
+      sum += bins[choice];
+      rank -= passed;
+    }
+  }
 
   static std::size_t bit_length(std::uint64_t x) {
     std::size_t bits = 0;
@@ -151,7 +169,7 @@ class Sampler {
   }
 
   void check() const {
-    if (num_choices_.empty()) throw std::invalid_argument("num_choices: at least one block expected");
+    if (num_choices_.empty()) throw std::invalid_argument("num_choices: at least one expected");
     for (const std::int32_t n : num_choices_) {
       if (n < 1 || n > 256 || static_cast<std::size_t>(n) > max_choices_) {
         throw std::invalid_argument("num_choices: 1 to 256 choices, at most the columns of bins, "
@@ -164,7 +182,7 @@ class Sampler {
       throw std::invalid_argument("bins: no negative entry expected");
     }
     for (const CostBound& bound : bounds_) {
-      if (bound.costs.size() != size) throw std::invalid_argument("costs: shape [C, L, O] expected");
+      if (bound.costs.size() != size) throw std::invalid_argument("bounds: costs [L, O] expected");
     }
   }
 
@@ -187,7 +205,7 @@ class Sampler {
       const std::int64_t first = std::max(before_min[level], low_bin - after_max);
       const std::int64_t last = std::min(before_max[level], high_bin - after_min);
       bands_[level] = {first, std::max<std::int64_t>(last - first + 1, 0), words};
-      words += static_cast<std::size_t>(bands_[level].size) * limbs_;
+      words += static_cast<std::size_t>(bands_[level].size + 1) * limbs_;
     }
     table_.assign(words, 0);
     for (std::int64_t sum = 0; sum < bands_[num].size; ++sum) {
@@ -199,20 +217,18 @@ class Sampler {
         std::uint64_t* here = table_.data() + band.offset + static_cast<std::size_t>(i) * limbs_;
         for (std::int32_t choice = 0; choice < num_choices_[block]; ++choice) {
           const auto place = block * max_choices_ + static_cast<std::size_t>(choice);
-          const std::uint64_t* count = completions(block + 1, band.first + i + bins_[place]);
-          if (count != nullptr) add(here, count);
+          add(here, completions(block + 1, band.first + i + bins_[place]));
         }
       }
     }
   }
 
-  // How many ways there are to choose blocks level .. L - 1 after a prefix that costs `sum` bins;
-  // null for none.
+  // How many ways there are to choose blocks level .. L - 1 after a prefix that costs `sum` bins.
   const std::uint64_t* completions(std::size_t level, std::int64_t sum) const {
     const Band& band = bands_[level];
-    const std::int64_t i = sum - band.first;
-    if (i < 0 || i >= band.size) return nullptr;
-    return table_.data() + band.offset + static_cast<std::size_t>(i) * limbs_;
+    const auto place = static_cast<std::uint64_t>(sum - band.first);  // huge where sum is too low
+    const auto end = static_cast<std::uint64_t>(band.size);
+    return table_.data() + band.offset + static_cast<std::size_t>(std::min(place, end)) * limbs_;
   }
 
   // The words, and the bits of the last one, that the largest rank fills.
@@ -258,7 +274,8 @@ class Sampler {
     std::uint64_t borrow = 0;
     for (std::size_t i = 0; i < limbs_; ++i) {
       const std::uint64_t taken = b[i] + borrow;
-      borrow = static_cast<std::uint64_t>(taken < borrow) + static_cast<std::uint64_t>(a[i] < taken);
+      borrow = static_cast<std::uint64_t>(taken < borrow);
+      borrow += static_cast<std::uint64_t>(a[i] < taken);
       a[i] -= taken;
     }
   }

@@ -1,4 +1,4 @@
-// The trie plan: sorted architectures [P, L] in; the nodes of each level and the cut into segments out.
+// The trie plan: sorted architectures [P, L] in; the nodes of each level and the segments out.
 #pragma once
 
 #include <algorithm>
