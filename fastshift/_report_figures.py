@@ -8,7 +8,6 @@ bytes.
 from __future__ import annotations
 
 import io
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -124,7 +123,7 @@ def pareto_front(run: Run) -> tuple[str, str]:
     limits = run.flops_limits()
 
     def draw(axes: Any) -> None:
-        axes.scatter(x / 1e6, y, s=7, color=_MUTED, alpha=0.3, lw=0, label="scored")
+        axes.scatter(x / 1e6, y, s=7, color=_MUTED, alpha=0.4, lw=0, label="scored")
         fx = [scored["flops"] / 1e6 for scored in front]
         fy = [_value(run, scored) for scored in front]
         axes.step(fx, fy, color=_ACCENT, where="post", lw=1.4)
@@ -286,13 +285,12 @@ def _points(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _shade_edges(generation: np.ndarray) -> list[tuple[int, int]]:
-    """Cut the generations into at most `NUM_SHADES` runs of about equal length."""
+    """Cut the generations into at most `NUM_SHADES` runs, equally long but for the last."""
     if not len(generation):
         return []
-    first, last = int(generation.min()), int(generation.max())
-    count = min(NUM_SHADES, last - first + 1)
-    edges = np.linspace(first, last + 1, count + 1).round().astype(int).tolist()
-    return list(itertools.pairwise(edges))
+    first, stop = int(generation.min()), int(generation.max()) + 1
+    length = -(-(stop - first) // NUM_SHADES)
+    return [(start, min(start + length, stop)) for start in range(first, stop, length)]
 
 
 def _shade(index: int, count: int) -> int:

@@ -25,7 +25,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root {
   --page: #0f1217; --surface: #181c23; --ink: #e6e9ef; --muted: #9aa4b3; --line: #2c333e;
   --accent: #78a9f5; --warm: #ff9d5c;
-  --g0: #33455f; --g1: #3f5f8c; --g2: #4f7cb8; --g3: #6a9bdb; --g4: #93bdf2; --g5: #cbe1ff;
+  --g0: #435a7d; --g1: #4a6a99; --g2: #4f7cb8; --g3: #6a9bdb; --g4: #93bdf2; --g5: #cbe1ff;
   --c0: #98a3b5; --c1: #63a8f0; --c2: #f39a4f; --c3: #4cc497; --c4: #cf86e8; --c5: #f27b8c;
   --c6: #d9bb45; --c7: #4cc3d4; } }
 * { box-sizing: border-box; }
@@ -41,6 +41,7 @@ code, pre, .arch { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaV
 .card { background: var(--surface); border: 1px solid var(--line); border-radius: 10px;
   padding: 18px 20px; min-width: 0; }
 .wide { grid-column: 1 / -1; }
+.card:has(.net) { align-self: start; }
 .stack { display: grid; gap: 18px; min-width: 0; align-content: start; }
 @media (max-width: 820px) { .grid { grid-template-columns: minmax(0, 1fr); }
   main { padding: 16px 10px 32px; } .card { padding: 14px 12px; } }
