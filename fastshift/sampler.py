@@ -28,6 +28,7 @@ _MAX_BINS = 1 << 20  # of one level of the counting table
 _MAX_TABLE_WORDS = 1 << 25  # of the whole table: 256 MiB
 _COARSE_BINS = 1 << 14  # for costs that are not whole numbers of few enough bins
 _EXACT_FLOAT = 1 << 53  # integers below it are exact in float64
+_STREAM = 0x5A3D_71C2_9E0F_B846  # parts a sampler's draws from those of an Evolution of its seed
 
 
 class FeasibleSampler:
@@ -70,7 +71,7 @@ class FeasibleSampler:
                 raise ConstraintError(_infeasible(space, [bound]))
         self.core = min(samplers, key=lambda sampler: sampler.count)
         self.is_exact = len(plans) == 1 and plans[0][3]
-        self._rng = _core.seeded(_checked_seed(seed))
+        self._rng = _core.seeded(_checked_seed(seed) ^ _STREAM)
         self._proposals, self._accepted = 0, 0
         if not self.is_exact:  # a first draw tells whether there is anything to be found
             archs, _, self._proposals = self.core.sample(1, rng=self._rng)

@@ -6,11 +6,14 @@ import itertools
 import json
 import math
 import pickle
+import runpy
+import sys
 
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+import fastshift.population
 from fastshift._population_ref import PopulationRef, SamplerRef
 from fastshift.errors import ArchError, CheckpointError, ConstraintError
 from fastshift.population import Evolution, FeasibleSampler, Scored
@@ -463,6 +466,20 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage):
     with pytest.raises(CheckpointError, match="population state cannot be read"):
         search.load_state_dict(damaged)
     assert repr(search.state_dict()) == repr(before)
+
+
+def test_a_missing_extension_is_an_error_that_names_the_command(monkeypatch):
+    monkeypatch.delattr(fastshift, "_core")
+    monkeypatch.setitem(sys.modules, "fastshift._core", None)
+    with pytest.raises(ImportError, match=r"build it with `pip install -e \.`"):
+        runpy.run_path(fastshift.population.__file__)
+
+
+def test_a_sampler_of_the_same_seed_draws_other_architectures_than_the_search():
+    space = toy_space(10)
+    assert (
+        Evolution(space, 20, 4, seed=1).ask() != FeasibleSampler(space, seed=1).sample(20)
+    ).any()
 
 
 def test_searches_of_one_seed_agree_and_of_two_seeds_differ():
