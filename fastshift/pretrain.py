@@ -282,6 +282,7 @@ def pretrain(
     checkpoint_seconds: float = 120.0,
     stop: Callable[[], bool] = lambda: False,
     quiet: bool = True,
+    what: str = "pretrain",
     **overrides: Any,
 ) -> PretrainResult:
     """Train a supernet on sampled paths (SPOS, section 3.2), in place.
@@ -298,13 +299,15 @@ def pretrain(
         checkpoint_seconds: wall time between checkpoints.
         stop: asked between steps; true ends the call with a checkpoint.
         quiet: show no progress.
+        what: names the stage in its progress and its checkpoints.
 
     Returns:
         Steps, last loss, time.
 
     Raises:
         ConfigError: an option is unknown or unusable.
-        CheckpointError: the directory's checkpoint is damaged or belongs to another run.
+        CheckpointError: the directory holds a run and `resume` is false, or its checkpoint is damaged or
+            belongs to another run.
         NonFiniteLossError: three losses in a row were not finite; the state was saved.
     """
     if steps is not None:
@@ -323,7 +326,8 @@ def pretrain(
         precision=precision,
     )
     step, recent = 0, []
-    identity = {"stage": "pretrain", "seed": seed, "space": supernet.space.fingerprint()}
+    identity = {"stage": what, "seed": seed, "space": supernet.space.fingerprint()}
+    identity |= {"data": getattr(data, "describe", dict)().get("digest")}
     identity |= {"options": asdict(options)}
 
     def save() -> None:
@@ -333,8 +337,13 @@ def pretrain(
             tensors = {"supernet": supernet.tensors(), "momenta": trainer.optimizer.momenta()}
             checkpoint.save(out, step, tensors=tensors, state=state)
 
-    if resume and out is not None and (found := checkpoint.load(out)) is not None:
+    found = None if out is None else checkpoint.load(out)
+    if found is not None:
         state = found.state
+        if not resume:
+            raise checkpoint.CheckpointError(
+                f"{out}: holds a run already; go on with resume, or give another directory"
+            )
         if state["identity"] != identity:
             raise checkpoint.CheckpointError(
                 f"{out}: its checkpoint belongs to another run "
@@ -345,7 +354,7 @@ def pretrain(
         trainer.load_counters(state["counters"])
         step, recent = state["step"], list(state["recent"])
     stopped, saved, begin = None, time.perf_counter(), time.perf_counter()
-    with Progress(options.steps - step, what="pretrain", quiet=quiet) as progress, Scalars(
+    with Progress(options.steps - step, what=what, quiet=quiet) as progress, Scalars(
         out
     ) as scalars:
         while step < options.steps:
@@ -365,7 +374,7 @@ def pretrain(
             recent = [*recent, loss][-100:]
             progress.advance(1, loss=sum(recent) / len(recent), images=len(labels))
             if step % 20 == 0:
-                scalars.write(step, {"pretrain/loss": loss, "pretrain/lr": lr})
+                scalars.write(step, {f"{what}/loss": loss, f"{what}/lr": lr})
             if time.perf_counter() - saved > checkpoint_seconds:
                 save()
                 saved = time.perf_counter()
