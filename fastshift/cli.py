@@ -1,0 +1,137 @@
+"""The command `fastshift VERB`: arguments in, an exit code out.
+
+0 done; 2 what the user gave cannot be used; 3 interrupted, resumable; 4 stopped itself, state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from fastshift import __version__, commands
+from fastshift.config import VERBS, Option, read_file, resolve
+from fastshift.errors import ConfigError, FastShiftError, NonFiniteLossError
+
+__all__ = ["main"]
+
+UNUSABLE, STOPPED_ITSELF = 2, 4
+
+_ABOUT = {
+    "pretrain": "train a supernet",
+    "search": "search for the best architectures, pre-training first where no supernet is given",
+    "transfer": "carry a supernet to new data: a fresh head, then a search",
+    "evaluate": "score architectures, write CSV",
+    "rank": "order preservation of a score CSV against true accuracies",
+    "retrain": "train one architecture from scratch",
+    "export": "write one architecture's network to a file of its own",
+    "report": "write a finished run's report.html",
+    "spaces": "list the search spaces",
+    "info": "versions, device, and which implementation of each kernel would run",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fastshift",
+        description="Neural architecture search by Supernet Shifting.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastshift {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, about in _ABOUT.items():
+        sub = verbs.add_parser(verb, help=about, description=about, allow_abbrev=False)
+        for section in VERBS[verb]:
+            group = sub.add_argument_group(section.title)
+            for option in section.options():
+                _add(group, option)
+    return parser
+
+
+def _add(group: Any, option: Option) -> None:
+    text = option.help.replace("%", "%%")
+    if option.default is not None and option.hint is not bool:
+        text += f" (default: {option.default})"
+    keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+    if option.metadata.get("positional"):
+        group.add_argument(option.name, nargs="?", metavar=option.name.upper(), **keywords)
+        return
+    if option.hint is bool or option.hint == bool | None:
+        keywords["action"] = argparse.BooleanOptionalAction
+    else:
+        keywords["metavar"] = "VALUE"
+    if "bare" in option.metadata:
+        keywords |= {"nargs": "?", "const": option.metadata["bare"]}
+    group.add_argument(option.flag, dest=option.name, **keywords)
+
+
+@contextmanager
+def _stop_flag() -> Iterator[threading.Event]:
+    """Let Ctrl-C and SIGTERM set a flag; a second one ends the program at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if flag.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        flag.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: without the program's name; `sys.argv` by default.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        given = vars(_parser().parse_args(argv))
+        verb = given.pop("verb")
+        file = read_file(given["config"], verb) if given.get("config") else {}
+        config = resolve(verb, given, file)
+        with _stop_flag() as flag:
+            return commands.VERBS[verb](config, flag.is_set)
+    except NonFiniteLossError as error:
+        return _fail(error, STOPPED_ITSELF)
+    except BrokenPipeError:
+        # The reader of a pipe has what it wanted; Python must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNUSABLE
+    except (FastShiftError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(error, UNUSABLE)
+
+
+def _fail(error: BaseException, code: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"fastshift: error: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Train one architecture from scratch: what a search's winner is worth by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastshift.errors import ConfigError, DataError, SpaceError
+from fastshift.pretrain import PretrainOptions, _with_overrides, pretrain
+from fastshift.space import SearchSpace
+from fastshift.supernet import Supernet
+
+__all__ = ["RetrainOptions", "Retrained", "retrain", "single_path", "test_error"]
+
+
+@dataclass(frozen=True)
+class RetrainOptions:
+    """How to train one architecture from scratch.
+
+    Attributes:
+        epochs: passes over the training part.
+        batch_size: images a step.
+        lr: peak learning rate; None takes SPOS's 0.5 for 1,024 images in proportion to the batch.
+        momentum, weight_decay, nesterov: of SGD; the decay acts on matrices and kernels only.
+        schedule: `cosine` or `linear` down to zero, or `constant`.
+        warmup_epochs: in which the rate rises linearly from zero.
+        label_smoothing: of the cross-entropy.
+        clip_norm: largest norm of the whole gradient; None leaves it.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 4e-5
+    nesterov: bool = False
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+    label_smoothing: float = 0.1
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ConfigError(f"epochs: {self.epochs}; expected at least 1")
+        if self.warmup_epochs < 0:
+            raise ConfigError(f"warmup_epochs: {self.warmup_epochs}; expected at least 0")
+        self.for_images(self.batch_size)
+
+    def for_images(self, num_images: int) -> PretrainOptions:
+        """The same as optimiser steps, for a training part of so many images."""
+        per_epoch = num_images / self.batch_size if self.batch_size > 0 else 1.0
+        return PretrainOptions(
+            steps=max(1, round(self.epochs * per_epoch)),
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+            schedule=self.schedule,
+            warmup_steps=round(self.warmup_epochs * per_epoch),
+            label_smoothing=self.label_smoothing,
+            clip_norm=self.clip_norm,
+        )
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """A network trained by itself.
+
+    Attributes:
+        net: a plain module in evaluation mode, of the structure that `Supernet.subnet` gives.
+        path: the same weights as a supernet of this one architecture, which can be saved.
+        test_error: top-1 error on the test set, in [0, 1]; None where training was stopped.
+        loss: mean training loss of the last hundred steps, nats.
+        steps: optimiser steps.
+        seconds: wall time of this call.
+        stopped: why it ended early, or None.
+    """
+
+    net: nn.Module
+    path: Supernet
+    test_error: float | None
+    loss: float
+    steps: int
+    seconds: float
+    stopped: str | None = None
+
+
+def single_path(space: SearchSpace, arch: Sequence[int] | str | np.ndarray) -> SearchSpace:
+    """Make the space of one architecture alone, its batch norms affine.
+
+    Args:
+        space: the architecture's, described by units.
+        arch: choices, `[L]`, or their string.
+
+    Returns:
+        A space of as many blocks, each with one choice.
+
+    Raises:
+        ArchError: `arch` is not in the space.
+        SpaceError: the space has no description.
+    """
+    if not space.blocks:
+        raise SpaceError(f"space {space.name!r} has no description to build a network from")
+    row = space.as_archs([arch] if isinstance(arch, str) else np.asarray(arch))[0]
+    return SearchSpace(
+        f"{space.name}/{space.format(row)}",
+        stem=space.stem,
+        blocks=[[block[choice]] for block, choice in zip(space.blocks, row.tolist(), strict=True)],
+        head=space.head,
+        in_channels=space.in_channels,
+        image_size=space.image_size,
+        affine=True,
+    )
+
+
+def retrain(
+    space: SearchSpace,
+    arch: Sequence[int] | str | np.ndarray,
+    data: Any,
+    epochs: int | None = None,
+    *,
+    options: RetrainOptions | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    memory_format: torch.memory_format = torch.contiguous_format,
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 120.0,
+    stop: Callable[[], bool] = lambda: False,
+    quiet: bool = True,
+    **overrides: Any,
+) -> Retrained:
+    """Train one architecture from scratch on the training part, and test it.
+
+    Its weights are drawn anew and nothing is inherited; batch norms are affine whatever the supernet's are.
+    The result is a function of the arguments alone. The test set is used once, after the last step.
+
+    Args:
+        space: the architecture's.
+        arch: choices, `[L]`, or their string.
+        data: with `train.batch`, `train.num_images` and `test` batches.
+        epochs: passes over the training part; overrides the options'.
+        options: everything else; single fields can be given as keywords.
+        seed: of initial weights, batches and masks.
+        device: where to train.
+        precision: `fp32` or `bf16`.
+        memory_format: of the weights; decides speed, and rounding.
+        out: run directory for checkpoints, or None.
+        resume: go on from the directory's last checkpoint, where there is one.
+        checkpoint_seconds: wall time between checkpoints.
+        stop: asked between steps; true ends the call with a checkpoint.
+        quiet: show no progress.
+
+    Returns:
+        The network with its test error.
+
+    Raises:
+        ArchError: `arch` is not in the space.
+        CheckpointError: the directory's checkpoint is damaged or belongs to another run.
+        ConfigError: an option is unknown or unusable.
+        DataError: there is no test set.
+        NonFiniteLossError: three losses in a row were not finite; the state was saved.
+    """
+    if epochs is not None:
+        overrides["epochs"] = epochs
+    options = _with_overrides(options or RetrainOptions(), overrides)
+    if data.test is None:
+        raise DataError(f"data {data.spec!r}: no test set, expected one to test the network on")
+    alone = single_path(space, arch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        path = Supernet(alone)
+    path.to(device=device, memory_format=memory_format)
+    trained = pretrain(
+        path,
+        data,
+        options=options.for_images(data.train.num_images),
+        seed=seed,
+        precision=precision,
+        out=out,
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        stop=stop,
+        quiet=quiet,
+        what="retrain",
+    )
+    net = path.subnet(np.zeros(alone.num_blocks, np.uint8))
+    return Retrained(
+        net=net,
+        path=path,
+        test_error=None if trained.stopped else test_error(net, data.test),
+        loss=trained.loss,
+        steps=trained.steps,
+        seconds=trained.seconds,
+        stopped=trained.stopped,
+    )
+
+
+@torch.no_grad()
+def test_error(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 error of a network on labelled batches, in [0, 1]; its mode stays as it is.
+
+    Args:
+        net: maps images `[N, C, H, W]` to logits.
+        batches: `(images, labels)` pairs.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    reference = next(net.parameters())
+    wrong = images_seen = 0
+    for images, labels in batches:
+        logits = net(images.to(reference.device, reference.dtype))
+        wrong += int((logits.argmax(dim=1).cpu() != labels).sum())
+        images_seen += len(labels)
+    if images_seen == 0:
+        raise ValueError("batches: none to test on")
+    return wrong / images_seen

@@ -1,0 +1,42 @@
+"""What computes: versions of the parts that decide a result's bits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+__all__ = ["device_name", "versions"]
+
+
+def versions(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
+    """Versions and device, as a run's `config.yaml` records them; None where a package is missing."""
+    found: dict[str, str | int | None] = {}
+    for package in ("fastshift", "torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = str(torch.__version__)
+    return {
+        **found,
+        "python": platform.python_version(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name(device: torch.device | str) -> str:
+    """A GPU's product name, or the processor's model."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
