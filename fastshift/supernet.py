@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -180,8 +181,10 @@ class ChainSupernet(nn.Module):
             seed: of the draw; the global generator is used without one.
 
         Raises:
-            SpaceError: the head has no linear layer.
+            SpaceError: the head has no linear layer, or `num_classes` is below 1.
         """
+        if num_classes < 1:
+            raise SpaceError(f"num_classes: {num_classes}; expected at least 1")
         found = [(n, m) for n, m in self.head.named_modules() if isinstance(m, nn.Linear)]
         if not found:
             raise SpaceError(f"head {type(self.head).__name__}: no nn.Linear to replace")
@@ -198,7 +201,7 @@ class ChainSupernet(nn.Module):
             setattr(self.head.get_submodule(parent), leaf, fresh)
         else:
             self.head = fresh
-        self.space = self.space.with_classes(num_classes)
+        self.space = _with_classifier(self.space, old, fresh)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name: weights, buffers, and `ema.`-prefixed moving averages of the shift steps."""
@@ -260,6 +263,47 @@ class Supernet(ChainSupernet):
             HeadModule(space.head, space.affine),
             space=space,
         )
+
+
+def _with_classifier(space: SearchSpace, old: nn.Linear, fresh: nn.Linear) -> SearchSpace:
+    """The same space with another last linear layer."""
+    classes = fresh.out_features
+    if isinstance(space, ModuleSpace):
+        params = [sum(p.numel() for p in layer.parameters()) for layer in (old, fresh)]
+        measured = space.image_size is not None  # multiply-adds were counted, the old layer's too
+        changed = ModuleSpace(
+            space.name,
+            num_choices=space.num_choices.tolist(),
+            flops_table=space.flops_table,
+            params_table=space.params_table,
+            fixed_flops=space.fixed_flops
+            + measured * old.in_features * (classes - old.out_features),
+            fixed_params=space.fixed_params + params[1] - params[0],
+            identities=space.identities,
+            in_channels=space.in_channels,
+            image_size=space.image_size,
+            num_classes=classes,
+            labels=space.labels,
+        )
+    else:
+        recipe = space.recipe
+        if recipe is not None:
+            kwargs = {**recipe.get("kwargs", {}), "num_classes": classes}
+            recipe = {**recipe, "kwargs": kwargs}
+        changed = SearchSpace(
+            space.name,
+            stem=space.stem,
+            blocks=space.blocks,
+            head=replace(space.head, num_classes=classes),
+            in_channels=space.in_channels,
+            image_size=space.image_size,
+            affine=space.affine,
+            recipe=recipe,
+        )
+    for name, (table, fixed) in space.costs.items():
+        if name not in changed.costs:
+            changed.add_cost(name, table, fixed)
+    return changed
 
 
 def _measured_space(
