@@ -21,6 +21,7 @@ from fastshift.pretrain import _difference, _with_overrides
 from fastshift.progress import Progress, Scalars
 from fastshift.shift import HeadWarmup, Shifter, ShiftOptions
 from fastshift.supernet import ChainSupernet
+from fastshift.weights import save_supernet
 
 __all__ = ["Search", "SearchOptions", "SearchResult", "search", "transfer"]
 
@@ -218,7 +219,7 @@ class Search:
             NonFiniteLossError: three losses in a row were not finite; the state was saved.
         """
         if self.finished is not None:
-            return self._result(None)
+            return self._finish()
         self._clock = self._saved = time.perf_counter()
         total = (self.options.generations + 1) * self.options.population
         done = sum(record["candidates"] for record in self.generations)
@@ -237,12 +238,17 @@ class Search:
                 self._save()
                 raise
         self.finished = self._final()
+        self._save()
+        return self._finish()
+
+    def _finish(self) -> SearchResult:
+        """Write what a finished search leaves, unless an earlier call did; `result.json` comes last."""
         result = self._result(None)
         if self.out is not None:
-            self._save()
-            self._write_weights()
-            text = json.dumps(result.to_dict(), indent=1) + "\n"
-            replace_file(self.out / "result.json", text.encode())
+            path = self.out / "result.json"
+            if not path.exists():
+                save_supernet(self.supernet, self.out)
+                replace_file(path, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
             self.log.close()
         return result
 
@@ -575,14 +581,6 @@ class Search:
                 active = self.warmup
         if active is not None:
             active.trainer.optimizer.load_momenta(found.tensors["momenta"])
-
-    def _write_weights(self) -> None:
-        meta = {
-            "space": self.space.to_dict(),
-            "fingerprint": self.space.fingerprint(),
-            "version": self.supernet.version,
-        }
-        checkpoint.save_supernet(self.out, self.supernet.tensors(), meta)
 
 
 def search(
