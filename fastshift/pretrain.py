@@ -31,6 +31,24 @@ SCHEDULES = ("linear", "cosine", "constant")
 MAX_SKIPPED = 3
 
 
+def check_sgd(options: Any, prefix: str = "") -> None:
+    """Refuse options of SGD and its loss that are out of range, None aside.
+
+    Args:
+        options: with `lr`, `momentum`, `weight_decay`, `label_smoothing`, `clip_norm` after a prefix.
+        prefix: of their names.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in ("lr", "momentum", "weight_decay", "label_smoothing", "clip_norm"):
+        value = getattr(options, prefix + name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{prefix}{name}: {value}; expected a finite number, at least 0")
+        if name in ("momentum", "label_smoothing") and value > 1:
+            raise ConfigError(f"{prefix}{name}: {value}; expected at most 1")
+
+
 @dataclass(frozen=True)
 class PretrainOptions:
     """How to pre-train.
@@ -70,6 +88,11 @@ class PretrainOptions:
         for name in ("steps", "batch_size", "paths_per_step"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; expected at least 1")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps: {self.warmup_steps}; expected at least 0")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("momentum: 0; expected a positive one with nesterov")
+        check_sgd(self)
 
     @property
     def peak_lr(self) -> float:

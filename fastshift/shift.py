@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from fastshift.batch_norm import start_ema
 from fastshift.errors import ConfigError
 from fastshift.population import FeasibleSampler
-from fastshift.pretrain import PathTrainer
+from fastshift.pretrain import PathTrainer, check_sgd
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan
 
@@ -76,6 +77,16 @@ class ShiftOptions:
         for name in ("shift_steps", "shift_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; expected at least 1")
+        for name in (
+            "head_lr_multiplier",
+            "head_warmup_steps",
+            "head_warmup_lr",
+            "frozen_trunk_generations",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name}: {value}; expected a finite number, at least 0")
+        check_sgd(self, "shift_")
 
     @property
     def moves(self) -> bool:
