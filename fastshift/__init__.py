@@ -3,3 +3,55 @@
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+from fastshift import data, errors, ops, spaces
+from fastshift.errors import FastShiftError
+from fastshift.evaluator import Evaluator, Scores
+from fastshift.export import export
+from fastshift.ops import Frame, Head, Op, Unit
+from fastshift.population import Evolution, FeasibleSampler, Scored
+from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
+from fastshift.report import write_report
+from fastshift.retrain import Retrained, RetrainOptions, retrain
+from fastshift.search import Search, SearchOptions, SearchResult, search, transfer
+from fastshift.space import Constraint, SearchSpace, parse_constraints
+from fastshift.supernet import ChainSupernet, Supernet, recalibrate
+from fastshift.weights import load_supernet, save_supernet
+
+__all__ = [
+    "ChainSupernet",
+    "Constraint",
+    "Evaluator",
+    "Evolution",
+    "FastShiftError",
+    "FeasibleSampler",
+    "Frame",
+    "Head",
+    "Op",
+    "PretrainOptions",
+    "PretrainResult",
+    "RetrainOptions",
+    "Retrained",
+    "Scored",
+    "Scores",
+    "Search",
+    "SearchOptions",
+    "SearchResult",
+    "SearchSpace",
+    "Supernet",
+    "Unit",
+    "data",
+    "errors",
+    "export",
+    "load_supernet",
+    "ops",
+    "parse_constraints",
+    "pretrain",
+    "recalibrate",
+    "retrain",
+    "save_supernet",
+    "search",
+    "spaces",
+    "transfer",
+    "write_report",
+]

@@ -1,6 +1,6 @@
 """The command `fastshift VERB`: arguments in, an exit code out.
 
-0 done; 2 what the user gave cannot be used; 3 interrupted, resumable; 4 stopped itself, state saved.
+0 done; 2 what the user gave cannot be used; 3 interrupted, can go on; 4 stopped itself.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastshift import __version__, commands
-from fastshift.config import VERBS, Option, read_file, resolve
+from fastshift import __version__
+from fastshift.commands import RUNS
+from fastshift.config import VERBS, read_file, resolve
 from fastshift.errors import ConfigError, FastShiftError, NonFiniteLossError
+from fastshift.options import Option
+from fastshift.queries import QUERIES
 
 __all__ = ["main"]
 
 UNUSABLE, STOPPED_ITSELF = 2, 4
+INTERRUPTED_QUERY = 130  # as shells have it: nothing to resume
 
 _ABOUT = {
     "pretrain": "train a supernet",
@@ -92,6 +96,8 @@ def _stop_flag() -> Iterator[threading.Event]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         flag.set()
+        # Not print: the signal may have come within a write to the same stream.
+        os.write(2, b"fastshift: stopping at the next step; once more stops at once\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -115,14 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = given.pop("verb")
         file = read_file(given["config"], verb) if given.get("config") else {}
         config = resolve(verb, given, file)
+        if verb in QUERIES:
+            return QUERIES[verb](config)
         with _stop_flag() as flag:
-            return commands.VERBS[verb](config, flag.is_set)
+            return RUNS[verb](config, flag.is_set)
     except NonFiniteLossError as error:
         return _fail(error, STOPPED_ITSELF)
     except BrokenPipeError:
         # The reader of a pipe has what it wanted; Python must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNUSABLE
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted; nothing was written"), INTERRUPTED_QUERY)
     except (FastShiftError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return _fail(error, UNUSABLE)
 

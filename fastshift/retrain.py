@@ -50,7 +50,7 @@ class RetrainOptions:
             raise ConfigError(f"epochs: {self.epochs}; expected at least 1")
         if self.warmup_epochs < 0:
             raise ConfigError(f"warmup_epochs: {self.warmup_epochs}; expected at least 0")
-        self.for_images(self.batch_size)
+        self.for_images(1)
 
     def for_images(self, num_images: int) -> PretrainOptions:
         """The same as optimiser steps, for a training part of so many images."""
@@ -140,8 +140,9 @@ def retrain(
 ) -> Retrained:
     """Train one architecture from scratch on the training part, and test it.
 
-    Its weights are drawn anew and nothing is inherited; batch norms are affine whatever the supernet's are.
-    The result is a function of the arguments alone. The test set is used once, after the last step.
+    Its weights are drawn anew and nothing is inherited; batch norms are affine whatever those of
+    the supernet are. The result is a function of the arguments alone. The test set is used once,
+    after the last step.
 
     Args:
         space: the architecture's.

@@ -11,20 +11,23 @@ __all__ = ["device_name", "versions"]
 
 
 def versions(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
-    """Versions and device, as a run's `config.yaml` records them; None where a package is missing."""
-    found: dict[str, str | int | None] = {}
-    for package in ("fastshift", "torch", "triton", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["torch"] = str(torch.__version__)
+    """Versions and device, as `config.yaml` records them; None where a package is missing."""
     return {
-        **found,
+        "fastshift": _version("fastshift"),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
         "python": platform.python_version(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device | str) -> str:

@@ -1,0 +1,210 @@
+"""Options in, what they name out: device, data, space, supernet, run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastshift import data as data_module
+from fastshift import spaces
+from fastshift.config import Config
+from fastshift.errors import ConfigError, FastShiftError, SpaceError
+from fastshift.settings import PlaceOptions
+from fastshift.space import SearchSpace
+from fastshift.supernet import Supernet
+from fastshift.versions import versions
+from fastshift.weights import load_supernet
+
+__all__ = [
+    "BACKENDS",
+    "begin_run",
+    "check_backend",
+    "device_of",
+    "fresh_supernet",
+    "load_data",
+    "load_space",
+    "load_weights",
+    "memory_format",
+    "of_the_user",
+    "open_run",
+    "place",
+]
+
+# Implementations of the population layer, and why one would not run here; None for one that does.
+BACKENDS = {
+    "reference": None,
+    "cpu": "its C++ kernels are not part of this version",
+    "triton": "its CUDA kernels are not part of this version",
+}
+
+
+@contextmanager
+def of_the_user() -> Iterator[None]:
+    """Report a value out of range, which the library's constructors refuse, as the user's."""
+    try:
+        yield
+    except FastShiftError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_backend() -> None:
+    """Refuse a `FASTSHIFT_BACKEND` that cannot run; `ConfigError` says why."""
+    name = os.environ.get("FASTSHIFT_BACKEND", "")
+    if name and name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
+    if name and BACKENDS[name] is not None:
+        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that `--device` names; `ConfigError` where there is none."""
+    name = config.part(PlaceOptions).device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r}; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device: {name!r}; expected one of the {count} usable GPUs, or cpu")
+    return device
+
+
+def memory_format(config: Config, space: SearchSpace) -> torch.memory_format:
+    """The weights' memory format, `auto` resolved by the space's frames."""
+    layout = config["layout"]
+    if layout == "auto":
+        frames = [op.frame.kind for block in space.blocks for op in block]
+        layout = "nchw" if 2 * frames.count("shuffle") > len(frames) else "channels_last"
+    return torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+
+def load_data(config: Config) -> Any:
+    """The data set that `--data` and the options of images describe."""
+    config.require("data")
+    names = data_module.Options.__dataclass_fields__
+    options = {name: config[name] for name in names if name in config.values}
+    options.pop("batch_size", None)  # of a stage, which asks for its own
+    return data_module.load(config["data"], **options)
+
+
+def load_space(config: Config, data: Any) -> SearchSpace:
+    """The space that `--space` names, for the data's images and classes."""
+    options = {}
+    for part in (config["space_options"] or "").split(","):
+        name, separator, value = part.partition("=")
+        if separator:
+            options[name.strip()] = _number(value.strip())
+        elif part:
+            raise ConfigError(f"space_options: {part!r}; expected NAME=VALUE")
+    shape = {name: getattr(data, name) for name in ("image_size", "num_classes", "in_channels")}
+    return spaces.load(config["space"], **{**shape, **options})
+
+
+def _number(text: str) -> int | float | str:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def fresh_supernet(space: SearchSpace, seed: int) -> Supernet:
+    """A supernet whose weights are drawn from this seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Supernet(space)
+
+
+def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> Supernet:
+    """The supernet that `--supernet` names, checked against the data and `--space`.
+
+    Args:
+        config: of a verb with these options.
+        data: to be used with it.
+        fresh_head: classes and image size may differ, since only the trunk is kept.
+
+    Raises:
+        SpaceError: it is of another space, or does not fit the data.
+    """
+    path = config["supernet"]
+    supernet, _ = load_supernet(path, image_size=data.image_size if fresh_head else None)
+    space = supernet.space
+    for name in ("in_channels", "image_size", "num_classes"):
+        own, given = getattr(space, name), getattr(data, name)
+        if own == given or (fresh_head and name == "num_classes"):
+            continue
+        hint = "; `fastshift transfer` gives it a fresh head" if name == "num_classes" else ""
+        raise SpaceError(
+            f"supernet {path!r}: its space has {name} {own}, the data have {given}{hint}"
+        )
+    if config.values.get("space") is not None:
+        asked = load_space(config, data)
+        same = asked.fingerprint() == space.fingerprint()
+        if fresh_head:
+            same = asked.trunk_fingerprint() == space.trunk_fingerprint()
+        if not same:
+            raise SpaceError(
+                f"supernet {path!r}: of another space, {space.name!r}; expected {config['space']!r}"
+            )
+    return supernet
+
+
+def place(config: Config, supernet: Supernet) -> Supernet:
+    """Move a supernet to its device and memory format."""
+    return supernet.to(
+        device=device_of(config), memory_format=memory_format(config, supernet.space)
+    )
+
+
+# What a run leaves in its directory from the start on.
+_TRACES = ("config.yaml", "result.json", "retrained.json", "checkpoint/LATEST")
+
+
+def open_run(config: Config) -> bool:
+    """Whether the run directory holds a run to go on with.
+
+    Nothing is written here, so an option that turns out unusable leaves no trace.
+
+    Raises:
+        ConfigError: the directory holds another run, or one that `--resume` does not claim.
+    """
+    out = Path(config["out"])
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {str(out)!r} is a file; expected a directory")
+    traces = [name for name in _TRACES if (out / name).exists()]
+    log = out / "scores.jsonl"
+    if log.exists() and log.stat().st_size:
+        traces.append(log.name)
+    if not traces:
+        return False
+    if not config["resume"]:
+        raise ConfigError(
+            f"out: {str(out)!r} holds a run already ({traces[0]}); --resume goes on with it, or "
+            "give another directory"
+        )
+    config.check_same(out)
+    return True
+
+
+def begin_run(config: Config, goes_on: bool) -> None:
+    """Make a new run's directory, with its configuration in it."""
+    if not goes_on:
+        out = Path(config["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(out, versions(device_of(config)))
