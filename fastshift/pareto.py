@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastshift import _core
+from fastshift._native import core as _core
 
 __all__ = ["crowding_distance", "non_dominated_sort", "pareto_front"]
 

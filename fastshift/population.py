@@ -13,12 +13,7 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from fastshift import _core
-except ImportError as error:
-    raise ImportError(
-        "the compiled population core is missing; build it with `pip install -e .` in the checkout"
-    ) from error
+from fastshift._native import core as _core
 from fastshift.errors import CheckpointError, ConstraintError
 from fastshift.pareto import crowding_distance, non_dominated_sort, pareto_front
 from fastshift.sampler import Constraints, FeasibleSampler, wanted

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastshift import _core
+from fastshift._native import core as _core
 from fastshift.errors import CheckpointError, ConstraintError
 from fastshift.space import Constraint, SearchSpace, parse_constraints
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastshift._core import build_trie
+from fastshift._native import core
 
 __all__ = ["Plan", "Segment"]
 
@@ -67,7 +67,7 @@ class Plan:
         )
         self.inverse = self.inverse.reshape(-1)
         self.archs = np.ascontiguousarray(self.archs)
-        self.parent, self.choice, self.offsets, table = build_trie(self.archs, int(subtrie_size))
+        self.parent, self.choice, self.offsets, table = core.build_trie(self.archs, int(subtrie_size))
         before = np.concatenate(([0], np.cumsum(self.counts)))
         self.weights = [before[o[1:]] - before[o[:-1]] for o in self.offsets]
         self.roots: list[Segment] = []

@@ -472,7 +472,7 @@ def test_a_missing_extension_is_an_error_that_names_the_command(monkeypatch):
     monkeypatch.delattr(fastshift, "_core")
     monkeypatch.setitem(sys.modules, "fastshift._core", None)
     with pytest.raises(ImportError, match=r"build it with `pip install -e \.`"):
-        runpy.run_path(fastshift.population.__file__)
+        runpy.run_path(fastshift._native.__file__)
 
 
 def test_a_sampler_of_the_same_seed_draws_other_architectures_than_the_search():
