@@ -309,7 +309,12 @@ class Search:
                 scores.weights_version,
             ]
         )
-        best = self._primary(scores)
+        latest = self._primary(scores)
+        kept = self.evolution.top_k(1)
+        if kept and not self.options.moves:
+            # Only fixed weights give scores that can be compared across generations.
+            latest = np.fmin(latest, getattr(kept[0], self.options.score_by))
+        best = float(latest)
         self.progress.advance(
             len(archs),
             archs=len(archs) + len(parents),
@@ -478,7 +483,8 @@ class Search:
             data=describe() if describe is not None else {},
             space=self.space.describe()
             | {"recipe": self.space.recipe, "fingerprint": self.space.fingerprint()}
-            | {"blocks": [list(block) for block in self.space.labels]},
+            | {"blocks": [list(block) for block in self.space.labels]}
+            | {"description": self.space.to_dict()},
             shift=shift,
             stopped=stopped,
             format_arch=self.space.format,

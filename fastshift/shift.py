@@ -247,7 +247,8 @@ class HeadWarmup:
         start_ema(supernet)
         self.options = options
         self.data = data
-        self.sampler = FeasibleSampler(supernet.space, constraints, seed)
+        # A seed of its own: the control's draws must not repeat the warm-up's.
+        self.sampler = FeasibleSampler(supernet.space, constraints, seed ^ (1 << 40))
         self.position = 0
         self.trainer = PathTrainer(
             supernet,
