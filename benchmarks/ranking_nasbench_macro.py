@@ -1,13 +1,15 @@
-"""Does shifting order the best architectures better? CIFAR-10 images, NAS-Bench-Macro's true accuracies.
+"""Does shifting order the best architectures better? CIFAR-10, NAS-Bench-Macro's true accuracies.
 
-Pre-trains a supernet over all 6,561 strings, searches with `none`, `uniform` and `accumulate` at equal budget, without
-a limit and under 60M multiply-adds, and compares the scores of the 3,969 distinct networks under the weights that
-each search ends with to their true accuracies (three stand-alone trainings each). Every figure stands beside what FLOPs alone gives.
+Pre-trains a supernet over all 6,561 strings, searches with `none`, `uniform` and `accumulate` at
+equal budget, without a limit and under 60M multiply-adds, and compares the scores of the 3,969
+distinct networks, under the weights that each search ends with, to their true accuracies (three
+stand-alone trainings each). Every figure stands beside what FLOPs alone gives.
 
-    python benchmarks/ranking_nasbench_macro.py --data npz:c10.npz --truth nas_bench_macro.json --work runs/ranking
+    python benchmarks/ranking_nasbench_macro.py --data npz:c10.npz \\
+        --truth nas_bench_macro.json --work runs/ranking --record benchmarks/records/NAME.json
 
-The work directory holds finished parts; a run that was stopped goes on from there. `--workers` parts run side by side,
-with one thread each.
+The work directory holds finished parts; a run that was stopped goes on from there. `--workers`
+parts run side by side, with one thread each.
 """
 
 from __future__ import annotations
@@ -201,9 +203,7 @@ def part_file(args: argparse.Namespace, part: list[str]) -> Path:
 
 def run_all(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
-    waiting = []
-    for seed in map(str, args.seeds):
-        waiting.append(["pretrain", seed])
+    waiting = [["pretrain", str(seed)] for seed in args.seeds]
     for seed in map(str, args.seeds):
         waiting += [["search", seed, m, limit] for limit in LIMITS for m in MODES[:0:-1]]
         waiting += [["scores", seed]]
@@ -234,7 +234,7 @@ def run_all(args: argparse.Namespace) -> None:
                     raise SystemExit(f"part {' '.join(part)} failed")
 
 
-def figures(archs, values, ties, truth: Truth, names: list[str]) -> dict:
+def figures(values, ties, truth: Truth, names: list[str]) -> dict:
     """Order preservation of one set of scores, and the truth of its best ones."""
     rows = truth.rows(names)
     accuracy = truth.accuracy[rows]
@@ -274,7 +274,7 @@ def summarise(args: argparse.Namespace) -> dict:
             archs = archs[full.flops(archs) <= 60e6]
         flops = full.flops(archs).astype(float)
         names = full.format_all(archs)
-        found = figures(archs, -flops, [], truth, names)
+        found = figures(-flops, [], truth, names)
         first = names[int(np.argmax(flops))]
         rows.append({"limit": limit, "mode": "flops", "by": "flops", "seed": None} | found)
         rows[-1]["found"] = first
@@ -295,7 +295,7 @@ def summarise(args: argparse.Namespace) -> dict:
                     ties = [table[other].astype(float), cost]
                     values = table[by].astype(float)
                     row = {"limit": limit, "mode": mode, "by": by, "seed": seed}
-                    row |= figures(table["archs"], values, ties, truth, strings)
+                    row |= figures(values, ties, truth, strings)
                     row["found"] = part["best"]
                     row["budget"] = part["budget"]
                     row["sharing"] = part["sharing"]
