@@ -1,9 +1,10 @@
-"""Batch-norm statistics per trie node: collect them, or impose them, without touching the module's own.
+"""Batch-norm statistics per trie node: collected or imposed, the modules' own left alone.
 
-The four policies of a score (`POLICIES`): `recalibrate` gives each node the statistics of fixed calibration batches,
-each batch normalised by its own moments and the statistics averaged over batches as `nn.BatchNorm2d(momentum=None)`
-does; `batch` normalises by the scored batch's own moments; `running` and `ema` are kept per (block, choice):
-what pre-training left, and the same after the shift steps.
+The four policies of a score (`POLICIES`): `recalibrate` gives each node the statistics of fixed
+calibration batches, each batch normalised by its own moments and the statistics averaged over
+batches as `nn.BatchNorm2d(momentum=None)` does; `batch` normalises by the scored batch's own
+moments; `running` and `ema` are kept per (block, choice): what pre-training left, and the same
+after the shift steps.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 class BatchNorms:
-    """The batch norms of a supernet that keep statistics, found once and addressed by the module that owns them.
+    """The batch norms of a supernet that keep statistics, by the module that owns them.
 
     Args:
         supernet: its stem, candidate ops and head are the owners.
@@ -60,7 +61,8 @@ class BatchNorms:
             x: its input, `[N, C, H, W]`.
 
         Returns:
-            Its output, and the mean and the unbiased variance, `[C]` each, that every batch norm met.
+            Its output, and the mean and the unbiased variance, `[C]` each, that every batch norm
+            met.
         """
         found = self._of[owner]
         moments = [
@@ -77,9 +79,7 @@ class BatchNorms:
         self, owner: nn.Module, x: Tensor, moments: Sequence[Moments], training: bool
     ) -> Tensor:
         found = self._of[owner]
-        saved = [
-            (norm._buffers.copy(), norm.momentum, norm.training) for _, norm in found
-        ]
+        saved = [(norm._buffers.copy(), norm.momentum, norm.training) for _, norm in found]
         try:
             for (_, norm), (mean, var) in zip(found, moments, strict=True):
                 # With momentum 1 the update replaces the zeros by the batch's moments, exactly.
@@ -122,9 +122,10 @@ class MomentSums:
 
 
 class MovingAverages:
-    """One moving-average update per (block, choice) and training step, whatever the order or the cut.
+    """One moving-average update per (block, choice) and training step, whatever the cut.
 
-    The moments of the nodes of one (block, choice) are averaged with the number of candidates below each node as weight.
+    The moments of the nodes of one (block, choice) are averaged with the number of candidates below
+    each node as weight.
     """
 
     def __init__(self, norms: BatchNorms) -> None:
@@ -149,8 +150,8 @@ class MovingAverages:
         """Make the update.
 
         Args:
-            ema: where given, the averages kept there (`NAME.running_mean`, `NAME.running_var`) move and the
-                modules' own stay; else the modules' own move.
+            ema: where given, the averages kept there (`NAME.running_mean`, `NAME.running_var`) move
+                and the modules' own stay; else the modules' own move.
         """
         modules = dict(self._norms.items())
         for name, (mean, var) in self._sums.items():
@@ -168,7 +169,7 @@ class MovingAverages:
 
 
 def start_ema(supernet: ChainSupernet) -> None:
-    """Begin the moving averages of the shift steps where pre-training left its own, unless they exist."""
+    """Begin the shift steps' moving averages where pre-training left its own, once."""
     for name, norm in BatchNorms(supernet).items():
         for kind in ("running_mean", "running_var"):
             key = f"{name}.{kind}"

@@ -58,22 +58,26 @@ class Scores:
 class Evaluator:
     """Score architectures on fixed held-out batches.
 
-    Neither weights nor buffers of the supernet change, bit for bit, and scores do not depend on the order or the company
-    in which architectures are asked for.
+    Neither weights nor buffers of the supernet change, bit for bit, and scores do not depend on the
+    order or the company in which architectures are asked for.
 
     Args:
         supernet: with the weights to score under; they may move between calls.
-        batches: `(images, labels)` pairs that can be iterated again and again; images `[N, C, H, W]`.
+        batches: `(images, labels)` pairs that can be iterated again and again; images `[N, C, H,
+            W]`.
         calibration: batches for `recalibrate`, the same every time and disjoint from `batches`.
-        batch_norm: `recalibrate` (statistics of the calibration batches per candidate), `batch` (of the scored batch),
-            `running` (what pre-training left), `ema` (the same after the shift steps).
-        strategy: `shared` computes each node of the population's trie once; `sequential` is the plain definition,
-            one stand-alone copy of a path at a time.
-        subtrie_size: candidates that `shared` computes side by side; bounds memory, changes nothing else.
+        batch_norm: `recalibrate` (statistics of the calibration batches per candidate), `batch` (of
+            the scored batch), `running` (what pre-training left), `ema` (the same after the shift
+            steps).
+        strategy: `shared` computes each node of the population's trie once; `sequential` is the
+            plain definition, one stand-alone copy of a path at a time.
+        subtrie_size: candidates that `shared` computes side by side; bounds memory, changes nothing
+            else.
         precision: `fp32` (the weights' own type) or `bf16` (autocast).
 
     Raises:
-        ValueError: an unknown policy, strategy or precision, or `recalibrate` without calibration batches.
+        ValueError: an unknown policy, strategy or precision, or `recalibrate` without calibration
+            batches.
     """
 
     def __init__(
@@ -111,7 +115,8 @@ class Evaluator:
             archs: choices `[P, L]`, a list of tuples, or of strings.
 
         Returns:
-            Top-1 error in [0, 1], `[P]` float32, in the order given; NaN where the loss was not finite.
+            Top-1 error in [0, 1], `[P]` float32, in the order given; NaN where the loss was not
+            finite.
 
         Raises:
             ArchError: a row is not in the space.
@@ -120,7 +125,7 @@ class Evaluator:
         return self.evaluate(archs).errors
 
     def evaluate(self, archs: np.ndarray | Sequence) -> Scores:
-        """Score architectures and say under which weights, at what cost; arguments and errors as for a call."""
+        """Score architectures as a call does, and say under which weights and at what cost."""
         rows = self.supernet.space.as_archs(archs)
         if len(rows) == 0:
             nothing = np.zeros(0)

@@ -1,4 +1,4 @@
-"""Population layers: the modules a description stands for, and how a level of the trie applies them."""
+"""Population layers: the modules of a description, and how a level of the trie applies them."""
 
 from __future__ import annotations
 

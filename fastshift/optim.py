@@ -11,9 +11,10 @@ __all__ = ["PathSGD"]
 
 
 class PathSGD(torch.optim.SGD):
-    """SGD with momentum over a supernet; parameters without a gradient stay bit-identical, momenta too.
+    """SGD with momentum; parameters without a gradient stay bit-identical, their momenta too.
 
-    Weight decay acts on parameters of more than one dimension only (Supernet Shifting's and SPOS's released code).
+    Weight decay acts on parameters of more than one dimension only (Supernet Shifting's and SPOS's
+    released code).
 
     Args:
         supernet: whose parameters are stepped.
@@ -22,8 +23,8 @@ class PathSGD(torch.optim.SGD):
         weight_decay: L2 coefficient for matrices and kernels.
         nesterov: use Nesterov's form.
         head_lr_multiplier: the head's learning rate is `lr` times this.
-        drift: reproduce torch 1, where unsampled parameters had zero gradients: their momentum and weight
-            decay go on moving them. For comparison only.
+        drift: reproduce torch 1, where unsampled parameters had zero gradients: their momentum and
+            weight decay go on moving them. For comparison only.
     """
 
     def __init__(

@@ -35,7 +35,8 @@ def check_sgd(options: Any, prefix: str = "") -> None:
     """Refuse options of SGD and its loss that are out of range, None aside.
 
     Args:
-        options: with `lr`, `momentum`, `weight_decay`, `label_smoothing`, `clip_norm` after a prefix.
+        options: with `lr`, `momentum`, `weight_decay`, `label_smoothing`, `clip_norm` after a
+            prefix.
         prefix: of their names.
 
     Raises:
@@ -56,8 +57,9 @@ class PretrainOptions:
     Attributes:
         steps: optimiser steps.
         batch_size: images a step.
-        sampler: `uniform` draws each path's choices uniformly (SPOS, section 3.2); `fair` trains every choice of every
-            block once a step, on as many paths as a block has choices (FairNAS, strict fairness).
+        sampler: `uniform` draws each path's choices uniformly (SPOS, section 3.2); `fair` trains
+            every choice of every block once a step, on as many paths as a block has choices
+            (FairNAS, strict fairness).
         paths_per_step: paths of a `uniform` step, all on one batch; their losses are averaged.
         lr: peak learning rate; None takes SPOS's 0.5 for 1,024 images in proportion to the batch.
         momentum, weight_decay, nesterov: of SGD; the decay acts on matrices and kernels only.
@@ -84,7 +86,9 @@ class PretrainOptions:
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"sampler: {self.sampler!r}; expected one of {', '.join(SAMPLERS)}")
         if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule: {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+            raise ConfigError(
+                f"schedule: {self.schedule!r}; expected one of {', '.join(SCHEDULES)}"
+            )
         for name in ("steps", "batch_size", "paths_per_step"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; expected at least 1")
@@ -156,7 +160,7 @@ def sample_paths(space: SearchSpace, options: PretrainOptions, seed: int, step: 
 
 
 class PathTrainer:
-    """Make updates of a supernet from plans of paths; count them, and skip those whose loss is not finite.
+    """Make updates of a supernet, count them, and skip those whose loss is not finite.
 
     Args:
         supernet: to train.
@@ -329,8 +333,8 @@ def pretrain(
 
     Raises:
         ConfigError: an option is unknown or unusable.
-        CheckpointError: the directory holds a run and `resume` is false, or its checkpoint is damaged or
-            belongs to another run.
+        CheckpointError: the directory holds a run and `resume` is false, or its checkpoint is
+            damaged or belongs to another run.
         NonFiniteLossError: three losses in a row were not finite; the state was saved.
     """
     if steps is not None:
@@ -377,9 +381,10 @@ def pretrain(
         trainer.load_counters(state["counters"])
         step, recent = state["step"], list(state["recent"])
     stopped, saved, begin = None, time.perf_counter(), time.perf_counter()
-    with Progress(options.steps - step, what=what, quiet=quiet) as progress, Scalars(
-        out
-    ) as scalars:
+    with (
+        Progress(options.steps - step, what=what, quiet=quiet) as progress,
+        Scalars(out) as scalars,
+    ):
         while step < options.steps:
             if stop():
                 stopped = "interrupted"

@@ -39,7 +39,8 @@ class SearchOptions(ShiftOptions):
         mutation, crossover: how many of each; None takes half the population.
         mutation_prob: of each gene.
         constraints: bounds by metric, as `space.parse_constraints` takes them.
-        batch_norm: statistics policy of scores; None takes `ema` for `immediate` and `recalibrate` otherwise.
+        batch_norm: statistics policy of scores; None takes `ema` for `immediate` and `recalibrate`
+            otherwise.
         strategy: `shared` or `sequential` scoring.
         score_by: `error` or `loss` decides; the other breaks ties.
         top_k: architectures scored again under the final weights.
@@ -203,9 +204,7 @@ class Search:
 
     # The loop.
 
-    def run(
-        self, stop: Callable[[], bool] = lambda: False, *, quiet: bool = True
-    ) -> SearchResult:
+    def run(self, stop: Callable[[], bool] = lambda: False, *, quiet: bool = True) -> SearchResult:
         """Search to the end, or until `stop` says so.
 
         Args:
@@ -223,9 +222,10 @@ class Search:
         self._clock = self._saved = time.perf_counter()
         total = (self.options.generations + 1) * self.options.population
         done = sum(record["candidates"] for record in self.generations)
-        with Progress(total, what="search", quiet=quiet) as self.progress, Scalars(
-            self.out
-        ) as self.scalars:
+        with (
+            Progress(total, what="search", quiet=quiet) as self.progress,
+            Scalars(self.out) as self.scalars,
+        ):
             self.progress.advance(done)
             try:
                 for _ in self._steps():
@@ -242,7 +242,7 @@ class Search:
         return self._finish()
 
     def _finish(self) -> SearchResult:
-        """Write what a finished search leaves, unless an earlier call did; `result.json` comes last."""
+        """Write what a finished search leaves, `result.json` last, unless it is there."""
         result = self._result(None)
         if self.out is not None:
             path = self.out / "result.json"
@@ -402,7 +402,9 @@ class Search:
         values = np.array([self.history[text][column] for text in known], float)
         flops = self.space.flops(known).astype(float) if known else np.zeros(0)
         finite = np.flatnonzero(np.isfinite(values))
-        front = pareto_front(np.stack((values[finite], flops[finite]), axis=1)) if len(finite) else []
+        front = (
+            pareto_front(np.stack((values[finite], flops[finite]), axis=1)) if len(finite) else []
+        )
         chosen = list(dict.fromkeys([*texts, *(known[finite[i]] for i in front)]))
         stale = [t for t in chosen if self.history[t][3] != self.supernet.version]
         if stale:
@@ -650,7 +652,9 @@ def search(
     ).run(stop, quiet=quiet)
 
 
-def transfer(supernet: ChainSupernet, data: Any, *args: Any, seed: int = 0, **keywords: Any) -> SearchResult:
+def transfer(
+    supernet: ChainSupernet, data: Any, *args: Any, seed: int = 0, **keywords: Any
+) -> SearchResult:
     """Carry a pre-trained supernet to a new data set: a fresh head, then `search` on that data.
 
     Args:

@@ -1,4 +1,4 @@
-"""Supernet Shifting (arXiv 2403.11380): go on training the supernet on the architectures it is asked to score."""
+"""Supernet Shifting (arXiv 2403.11380): train on the architectures that are to be scored."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ class ShiftOptions:
     """How the supernet shifts during a search.
 
     Attributes:
-        shift: `accumulate` (the paper) scores a generation under one set of weights, then shifts on all of it;
-            `immediate` (the released code) shifts on one candidate and scores it, one after the other; `every:G` does so with
-            G candidates at a time; `uniform` is the control: the same updates on as many uniform feasible paths; `none`: SPOS.
+        shift: `accumulate` (the paper) scores a generation under one set of weights, then shifts on
+            all of it; `immediate` (the released code) shifts on one candidate and scores it, one
+            after the other; `every:G` does so with G candidates at a time; `uniform` is the
+            control: the same updates on as many uniform feasible paths; `none`: SPOS.
         shift_steps: updates of each shift, each on a fresh mini-batch.
         shift_batch_size: images of such a mini-batch.
-        shift_lr: learning rate; None takes 1e-4 for `sum`, and that times the candidates of an update for `mean`.
+        shift_lr: learning rate; None takes 1e-4 for `sum`, and that times the candidates of an
+            update for `mean`.
         shift_momentum, shift_weight_decay: of SGD; the decay acts on matrices and kernels only.
         shift_label_smoothing: of the cross-entropy.
         shift_clip_norm: largest norm of the whole gradient; None leaves it.
         reduction: `sum` (the paper) or `mean` of the candidates' losses.
-        score: `before` or `after` the shift; None takes `before` for `accumulate` and `uniform`, and `after`, the only
-            possibility, for `immediate` and `every:G`.
-        drift: let unsampled parameters drift by momentum and decay as torch 1 did; for comparison only.
+        score: `before` or `after` the shift; None takes `before` for `accumulate` and `uniform`,
+            and `after`, the only possibility, for `immediate` and `every:G`.
+        drift: let unsampled parameters drift by momentum and decay as torch 1 did; for comparison
+            only.
         head_lr_multiplier: learning rate of the head over that of the trunk.
-        head_warmup_steps: steps that train the head alone before the first generation; None takes 200 in a transfer by
-            `accumulate`, `every:G` or `uniform`, and 0 otherwise.
+        head_warmup_steps: steps that train the head alone before the first generation; None takes
+            200 in a transfer by `accumulate`, `every:G` or `uniform`, and 0 otherwise.
         head_warmup_lr: learning rate of those steps.
         frozen_trunk_generations: generations, from the first, that shift only the head.
     """
@@ -116,12 +119,12 @@ class ShiftOptions:
 
     @property
     def batch_norm(self) -> str:
-        """The default statistics policy of scores: `ema` as released for `immediate`, else `recalibrate`."""
+        """The default policy of scores: `ema`, as released, for `immediate`, else `recalibrate`."""
         return "ema" if self.shift == "immediate" else "recalibrate"
 
     @property
     def rescores_parents(self) -> bool:
-        """Whether parents are scored again in each generation (`immediate` keeps them, as released)."""
+        """Whether parents are scored again each generation; `immediate` keeps them, as released."""
         return self.moves and self.shift != "immediate"
 
 
@@ -228,7 +231,7 @@ class Shifter:
 
 
 class HeadWarmup:
-    """Train a fresh head alone, on one uniform feasible path a step, before the first generation of a transfer.
+    """Train a fresh head alone, on one uniform feasible path a step, before a transfer's search.
 
     Args:
         supernet, data, options, constraints, seed, precision: as for `Shifter`.
@@ -265,9 +268,7 @@ class HeadWarmup:
     def update(self) -> float:
         """Make one update of the head; the trunk's parameters stay as they are."""
         trunk = self.trainer.supernet.trunk_parameters()
-        images, labels = self.data.train.batch(
-            self.position, self.options.shift_batch_size, "head"
-        )
+        images, labels = self.data.train.batch(self.position, self.options.shift_batch_size, "head")
         plan = Plan(self.sampler.sample(1))
         self.position += 1
         frozen = [p.requires_grad for p in trunk]

@@ -1,4 +1,4 @@
-"""What happens to one batch: score it, calibrate on it, or train on it, for a whole plan of candidates."""
+"""One batch through a whole plan of candidates: score it, calibrate on it, or train on it."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def _walk(
             leaf(segment.first_leaf + offset, out)
 
 
-def _levels(
-    supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCall
-) -> list[Tensor]:
+def _levels(supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCall) -> list[Tensor]:
     """The rows at a segment's last level."""
     rows = [row]
     for index, level in enumerate(range(segment.start, segment.stop)):
@@ -146,7 +144,8 @@ def eval_step(
         on_logits: called with each leaf and its logits `[N, num_classes]`.
 
     Returns:
-        Wrong answers, `[D]` int64, and summed cross-entropies in nats, `[D]` float64, of the plan's leaves.
+        Wrong answers, `[D]` int64, and summed cross-entropies in nats, `[D]` float64, of the plan's
+        leaves.
     """
     wrong = torch.zeros(plan.num_leaves, dtype=torch.int64, device=images.device)
     losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
@@ -195,11 +194,11 @@ def train_step(
     scale: float = 1.0,
     moving: bool = True,
 ) -> Tensor:
-    """Add up the gradients of every candidate's loss on one batch, each node forward and backward once.
+    """Add up the gradients of all candidates' losses on one batch, each node computed once.
 
-    The gradient is that of `scale` times the sum over the plan's rows of the mean cross-entropy. Backward goes depth-first:
-    a row's gradient is complete when its children are done, and only then goes on to its parent, so a trunk's
-    graph is walked once. No parameter moves here.
+    The gradient is that of `scale` times the sum over the plan's rows of the mean cross-entropy.
+    Backward goes depth-first: a row's gradient is complete when its children are done, and only
+    then goes on to its parent, so a trunk's graph is walked once. No parameter moves here.
 
     Args:
         supernet: in training mode; gradients are accumulated in its parameters.
@@ -266,7 +265,7 @@ def _candidate_random(
 ) -> Iterator[None]:
     """Give what follows random numbers that depend on (seed, step, candidate) alone."""
     digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()
-    # The generator itself: torch.manual_seed formats a stack trace for every device it has not started, 2 ms.
+    # torch.manual_seed formats a stack trace for every kind of device not started yet: 2 ms.
     generator = torch.default_generator
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]
@@ -279,7 +278,9 @@ def _candidate_random(
 
 
 def refuse_random_trunk(supernet: ChainSupernet) -> None:
-    """Refuse a supernet that draws random numbers before candidates split: a shared row would share the draw.
+    """Refuse a supernet that draws random numbers before candidates split.
+
+    A row that candidates share would share the draw.
 
     Raises:
         SpaceError: naming the module.
@@ -288,6 +289,7 @@ def refuse_random_trunk(supernet: ChainSupernet) -> None:
         for name, module in supernet.get_submodule(part).named_modules():
             if isinstance(module, _DropoutNd) and module.p > 0:
                 raise SpaceError(
-                    f"{part}.{name}: {type(module).__name__}(p={module.p}) before the head cannot be shared "
-                    "between candidates in training; move it into the head, or train one path at a time"
+                    f"{part}.{name}: {type(module).__name__}(p={module.p}) before the head "
+                    "cannot be shared between candidates in training; move it into the head, or "
+                    "train one path at a time"
                 )

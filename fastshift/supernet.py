@@ -1,4 +1,4 @@
-"""Supernets: a stem, choice blocks of candidate ops that share nothing but their place, and a head."""
+"""Supernets: a stem, choice blocks of candidate ops with weights of their own, and a head."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["ChainSupernet", "Supernet", "recalibrate"]
 def recalibrate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
     """Give a network's batch norms the statistics of fixed batches.
 
-    Each batch is normalised by its own moments; the means and the unbiased variances are averaged over the
-    batches, as `nn.BatchNorm2d(momentum=None)` does. Everything else stays in evaluation mode.
-    This is the definition of the `recalibrate` policy.
+    Each batch is normalised by its own moments; the means and the unbiased variances are averaged
+    over the batches, as `nn.BatchNorm2d(momentum=None)` does. Everything else stays in evaluation
+    mode. This is the definition of the `recalibrate` policy.
 
     Args:
         net: the network; its batch norms are changed in place.
@@ -134,11 +134,13 @@ class ChainSupernet(nn.Module):
 
         Args:
             arch: choices, `[L]`, or their string.
-            calibration: batches whose statistics its batch norms get; without them `statistics` decides.
+            calibration: batches whose statistics its batch norms get; without them `statistics`
+                decides.
             statistics: `running`, as pre-training left them, or `ema`, as the shift steps did.
 
         Returns:
-            A plain module in evaluation mode, with children `stem`, `blocks`, `head`; it shares nothing with the supernet.
+            A plain module in evaluation mode, with children `stem`, `blocks`, `head`; it shares
+            nothing with the supernet.
 
         Raises:
             ArchError: `arch` is not in the space.
@@ -174,7 +176,8 @@ class ChainSupernet(nn.Module):
     def reset_head(self, num_classes: int, *, seed: int | None = None) -> None:
         """Replace the classifier, the last linear layer of the head, by a fresh one.
 
-        Weights are drawn from N(0, 0.01), as in the released code's transfer; a bias starts at zero.
+        Weights are drawn from N(0, 0.01), as in the released code's transfer; a bias starts at
+        zero.
 
         Args:
             num_classes: outputs of the new classifier.
@@ -204,7 +207,7 @@ class ChainSupernet(nn.Module):
         self.space = _with_classifier(self.space, old, fresh)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name: weights, buffers, and `ema.`-prefixed moving averages of the shift steps."""
+        """All that training changes, by name; the shift steps' moving averages behind `ema.`."""
         return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
 
     def load_tensors(self, tensors: dict[str, Tensor], version: int) -> None:
@@ -371,5 +374,7 @@ def _count(module: nn.Module, x: Tensor, where: str) -> tuple[Tensor, int]:
         with counter:
             y = module(x.clone())
     except RuntimeError as error:
-        raise SpaceError(f"{where}: cannot take an input of shape {tuple(x.shape)}: {error}") from error
+        raise SpaceError(
+            f"{where}: cannot take an input of shape {tuple(x.shape)}: {error}"
+        ) from error
     return y, counter.get_total_flops() // 2

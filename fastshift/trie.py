@@ -1,4 +1,4 @@
-"""The plan of a population: candidates that share a prefix of choices share the nodes that compute it."""
+"""The plan of a population: candidates that share a prefix of choices share its nodes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ __all__ = ["Plan", "Segment"]
 class Segment:
     """A part of the trie that is computed in one go, from one row that is already there.
 
-    A trunk (`children` not empty) is a chain of single nodes down to where the trie branches; a leaf segment holds
-    the whole sub-tries of some siblings, level by level down to the head.
+    A trunk (`children` not empty) is a chain of single nodes down to where the trie branches; a
+    leaf segment holds the whole sub-tries of some siblings, level by level down to the head.
 
     Attributes:
         start, stop: its levels, `[start, stop)`.
         first_leaf, stop_leaf: its candidates, `[first_leaf, stop_leaf)`, in the plan's order.
         first_node: of each level, the plan's index of its first node.
-        parent: of each level, the position in the level above (within the segment) of each node's parent.
+        parent: of each level, the position in the level above (within the segment) of each node's
+            parent.
         choice: of each level, the candidate op of each node.
         children: segments that start from this trunk's row.
     """
@@ -40,8 +41,9 @@ class Segment:
 class Plan:
     """The trie over a population, cut into sub-tries.
 
-    Each distinct candidate is a leaf; each node is computed once. The cut bounds memory: at most `subtrie_size`
-    paths are held at a level, and one row per level above. It changes no result but the order of sums.
+    Each distinct candidate is a leaf; each node is computed once. The cut bounds memory: at most
+    `subtrie_size` paths are held at a level, and one row per level above. It changes no result but
+    the order of sums.
 
     Args:
         archs: choices, `[P, L]` uint8, in any order; equal rows become one leaf.
@@ -67,7 +69,9 @@ class Plan:
         )
         self.inverse = self.inverse.reshape(-1)
         self.archs = np.ascontiguousarray(self.archs)
-        self.parent, self.choice, self.offsets, table = core.build_trie(self.archs, int(subtrie_size))
+        self.parent, self.choice, self.offsets, table = core.build_trie(
+            self.archs, int(subtrie_size)
+        )
         before = np.concatenate(([0], np.cumsum(self.counts)))
         self.weights = [before[o[1:]] - before[o[:-1]] for o in self.offsets]
         self.roots: list[Segment] = []
@@ -107,7 +111,8 @@ class Plan:
         """How much the trie saves: the cost of all paths' blocks over the cost of the nodes.
 
         Args:
-            cost_table: `[L, O]`, the FLOPs table say; without it, or where all costs are zero, nodes count alike.
+            cost_table: `[L, O]`, the FLOPs table say; without it, or where all costs are zero,
+                nodes count alike.
 
         Returns:
             At least 1.
