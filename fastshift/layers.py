@@ -103,11 +103,12 @@ def apply_module(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor])
     Raises:
         SpaceError: the module changed its input in place.
     """
-    version = x._version
+    # An inference tensor counts no versions; torch itself refuses to change one outside that mode.
+    version = None if x.is_inference() else x._version
     y = call(x)
-    if x._version != version:
+    if version is not None and x._version != version:
         raise SpaceError(
-            f"candidate op {type(module).__name__} changes its input in place; "
+            f"{type(module).__name__} changes its input in place; "
             "a shared input must stay as it is (inplace=False in its first activation)"
         )
     return y

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastshift.batch_norm import BatchNorms, Moments, MomentSums, MovingAverages
 from fastshift.errors import SpaceError
-from fastshift.layers import apply_level
+from fastshift.layers import apply_level, apply_module
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan, Segment
 
@@ -91,6 +91,18 @@ def _levels(supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCa
     return rows
 
 
+def _collect(norms: BatchNorms, owner: nn.Module, x: Tensor) -> tuple[Tensor, list[Moments]]:
+    """`norms.collect` for the stem or the head, whose input others may read too."""
+    found: list[list[Moments]] = []
+
+    def call(row: Tensor) -> Tensor:
+        y, moments = norms.collect(owner, row)
+        found.append(moments)
+        return y
+
+    return apply_module(owner, x, call), found[0]
+
+
 @torch.no_grad()
 def calibrate_step(
     supernet: ChainSupernet, norms: BatchNorms, plan: Plan, images: Tensor, statistics: Statistics
@@ -112,9 +124,9 @@ def calibrate_step(
 
     def leaf(index: int, x: Tensor) -> None:
         if norms.of(supernet.head):
-            statistics.leaves[index].add(norms.collect(supernet.head, x)[1])
+            statistics.leaves[index].add(_collect(norms, supernet.head, x)[1])
 
-    x, moments = norms.collect(supernet.stem, images)
+    x, moments = _collect(norms, supernet.stem, images)
     statistics.stem.add(moments)
     for root in plan.roots:
         _walk(supernet, root, x, node, leaf)
@@ -168,14 +180,16 @@ def eval_step(
         return apply(op, x, statistics.nodes[level][index] if statistics else None)
 
     def leaf(index: int, x: Tensor) -> None:
-        logits = apply(supernet.head, x, statistics.leaves[index] if statistics else None)
+        sums = statistics.leaves[index] if statistics else None
+        logits = apply_module(supernet.head, x, lambda row: apply(supernet.head, row, sums))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if on_logits is not None:
             on_logits(index, logits)
         wrong[index] = (logits.argmax(dim=1) != labels).sum()
         losses[index] = functional.cross_entropy(logits, labels, reduction="sum").double()
 
-    x = apply(supernet.stem, images, statistics.stem if statistics else None)
+    sums = statistics.stem if statistics else None
+    x = apply_module(supernet.stem, images, lambda batch: apply(supernet.stem, batch, sums))
     for root in plan.roots:
         _walk(supernet, root, x, node, leaf)
     return wrong, losses
@@ -236,7 +250,7 @@ def train_step(
         for offset, x in enumerate(rows):
             index = segment.first_leaf + offset
             with _candidate_random(key, plan.archs[index], images.device):
-                logits, moments = norms.collect(supernet.head, x)
+                logits, moments = _collect(norms, supernet.head, x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             averages.add(supernet.head, moments, int(plan.counts[index]))
             loss = functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -249,7 +263,7 @@ def train_step(
     # A lone candidate may draw random numbers anywhere; several may not before they split.
     lone = plan.num_leaves == 1
     with _candidate_random(key, plan.archs[0], images.device) if lone else nullcontext():
-        x, moments = norms.collect(supernet.stem, images)
+        x, moments = _collect(norms, supernet.stem, images)
         averages.add(supernet.stem, moments, plan.num_rows)
         split = x.detach().requires_grad_(moving)
         for root in plan.roots:
