@@ -165,7 +165,12 @@ class Evaluator:
         images = calibrated = 0
         wrong, losses = None, None
         device = next(supernet.parameters()).device
-        with evaluation_mode(supernet), precision_scope(self.precision, device):
+        # A caller's inference mode would hide an op that writes into a row it shares.
+        with (
+            torch.inference_mode(False),
+            evaluation_mode(supernet),
+            precision_scope(self.precision, device),
+        ):
             if self.batch_norm == "recalibrate":
                 statistics = Statistics.empty(plan)
                 for x, _ in self.calibration:
