@@ -117,6 +117,12 @@ class ChainSupernet(nn.Module):
             x = block[int(choice)](x)
         return self.head(x)
 
+    def _apply(self, fn, recurse=True):
+        """Let the moving averages follow the weights to another device or type."""
+        super()._apply(fn, recurse)
+        self.ema = {key: fn(value) for key, value in self.ema.items()}
+        return self
+
     def _row(self, arch: Sequence[int] | str | np.ndarray) -> np.ndarray:
         rows = self.space.as_archs([arch] if isinstance(arch, str) else np.asarray(arch))
         if len(rows) != 1:
@@ -144,7 +150,12 @@ class ChainSupernet(nn.Module):
 
         Raises:
             ArchError: `arch` is not in the space.
+            ValueError: unknown statistics, or `ema` before any shift step.
         """
+        if statistics not in ("running", "ema"):
+            raise ValueError(f"statistics: {statistics!r}; expected running or ema")
+        if statistics == "ema" and not self.ema:
+            raise ValueError("statistics: 'ema' has no values before the first shift step")
         row = self._row(arch)
         net = nn.Sequential(
             OrderedDict(
@@ -258,7 +269,7 @@ class Supernet(ChainSupernet):
     """
 
     def __init__(self, space: SearchSpace) -> None:
-        if getattr(space, "blocks", None) is None:
+        if not space.blocks:
             raise SpaceError(f"space {space.name!r} has no description to build a supernet from")
         super().__init__(
             UnitChain(space.stem, space.affine),
