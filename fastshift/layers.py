@@ -105,12 +105,19 @@ def apply_module(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor])
     """
     # An inference tensor counts no versions; torch itself refuses to change one outside that mode.
     version = None if x.is_inference() else x._version
-    y = call(x)
+    refused = SpaceError(
+        f"{type(module).__name__} changes its input in place; "
+        "a shared input must stay as it is (inplace=False in its first activation)"
+    )
+    try:
+        y = call(x)
+    except RuntimeError as error:
+        # Autograd's own refusal, where the row is a leaf of its graph.
+        if "in-place operation" in str(error):
+            raise refused from error
+        raise
     if version is not None and x._version != version:
-        raise SpaceError(
-            f"{type(module).__name__} changes its input in place; "
-            "a shared input must stay as it is (inplace=False in its first activation)"
-        )
+        raise refused
     return y
 
 

@@ -243,7 +243,7 @@ def train_step(
             split = out if out is row else out.detach().requires_grad_(moving)
             for child in segment.children:
                 backward(child, split)
-            if split is not out and out.requires_grad:
+            if split is not out and out.requires_grad and split.grad is not None:
                 torch.autograd.backward(out, split.grad)
             return
         total = None
@@ -262,20 +262,21 @@ def train_step(
 
     # A lone candidate may draw random numbers anywhere; several may not before they split.
     lone = plan.num_leaves == 1
-    with _candidate_random(key, plan.archs[0], images.device) if lone else nullcontext():
+    before_head = (*key, "trunk")
+    with _candidate_random(before_head, plan.archs[0], images.device) if lone else nullcontext():
         x, moments = _collect(norms, supernet.stem, images)
         averages.add(supernet.stem, moments, plan.num_rows)
         split = x.detach().requires_grad_(moving)
         for root in plan.roots:
             backward(root, split)
-        if x.requires_grad:
+        if x.requires_grad and split.grad is not None:
             torch.autograd.backward(x, split.grad)
     return losses
 
 
 @contextmanager
 def _candidate_random(
-    key: tuple[int, int], arch: np.ndarray, device: torch.device
+    key: tuple, arch: np.ndarray, device: torch.device
 ) -> Iterator[None]:
     """Give what follows random numbers that depend on (seed, step, candidate) alone."""
     digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()
