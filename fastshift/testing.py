@@ -344,14 +344,20 @@ def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
 # What it means to be equal
 
 
+def _float64(values: Any) -> Tensor:
+    if not isinstance(values, Tensor):
+        values = torch.from_numpy(np.asarray(values, np.float64))
+    return values.detach().double().cpu()
+
+
 def global_error(found: Iterable[Any], exact: Iterable[Any]) -> float:
     """Relative error of many tensors or arrays by global norm, in float64; None stands for zeros."""
     difference = total = 0.0
     for a, b in zip(found, exact, strict=True):
         if a is None and b is None:
             continue
-        a = 0.0 if a is None else torch.as_tensor(a).detach().double().cpu()
-        b = torch.zeros_like(a) if b is None else torch.as_tensor(b).detach().double().cpu()
+        a, b = (0.0 if x is None else _float64(x) for x in (a, b))
+        b = torch.zeros_like(a) if isinstance(b, float) else b
         difference += float(((a - b) ** 2).sum())
         total += float((b**2).sum())
     return (difference / total) ** 0.5 if total else difference**0.5
