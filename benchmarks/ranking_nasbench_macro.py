@@ -301,6 +301,15 @@ def summarise(args: argparse.Namespace) -> dict:
                     row["sharing"] = part["sharing"]
                     row["search_seconds"] = part["search_seconds"]
                     rows.append(row)
+    # A supernet that orders all networks worse than their FLOPs do says nothing about shifting.
+    bar = rows[0]["tau_all"]
+    reached = {
+        (row["seed"], row["by"]): row["tau_all"]
+        for row in rows
+        if row["mode"] == "none" and row["limit"] == "unlimited"
+    }
+    for row in rows:
+        row["void"] = reached.get((row["seed"], row["by"]), bar) < bar
     best = truth.accuracy.mean(axis=1)
     for row in rows:
         name = full.format_all(canonical([row["found"]]))[0]
@@ -349,13 +358,13 @@ COLUMNS = ("tau_random", "tau_all", "tau_500", "top10", "top50", "regret", "foun
 
 def table(record: dict) -> str:
     """Means over seeds, with the spread, as Markdown."""
-    head = ["limit", "search", "scored by", *COLUMNS]
+    head = ["limit", "search", "scored by", "void", *COLUMNS]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     groups: dict[tuple, list[dict]] = {}
     for row in record["rows"]:
         groups.setdefault((row["limit"], row["mode"], row["by"]), []).append(row)
     for key, rows in groups.items():
-        cells = list(key)
+        cells = [*key, f"{sum(row['void'] for row in rows)} of {len(rows)}"]
         for column in COLUMNS:
             values = np.array([row[column] for row in rows])
             spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
