@@ -213,6 +213,8 @@ def _train_alone(
 def _show(config: Config) -> int:
     """Print a finished search's tables, and write its page where matplotlib is installed."""
     report.summary(config["out"], plain=importlib.util.find_spec("rich") is None)
+    if not config["report"]:
+        return DONE
     try:
         print(f"report: {report.write_report(config['out'])}")
     except MissingExtraError as error:

@@ -19,9 +19,9 @@ from fastshift.retrain import RetrainOptions
 from fastshift.search import SearchOptions
 from fastshift.settings import (
     ArchOptions,
-    CheckOptions,
     ConstraintOptions,
     DataOptions,
+    EndOptions,
     EvaluateOptions,
     ExportOptions,
     ListOptions,
@@ -37,7 +37,7 @@ from fastshift.settings import (
 __all__ = ["VERBS", "Config", "read_file", "resolve"]
 
 _UNSAVED = ("config", "resume", "quiet")
-_MAY_DIFFER = (*_UNSAVED, "out", "checkpoint_seconds")
+_MAY_DIFFER = (*_UNSAVED, "out", "checkpoint_seconds", "report")
 
 _RUN = Section(RunOptions, "run")
 _OUTPUT = Section(OutputOptions, "output")
@@ -50,9 +50,9 @@ _CONSTRAINTS = Section(ConstraintOptions, "constraints")
 _SEARCH = Section(
     SearchOptions, "search", renamed={"scoring": "batch_norm"}, hidden=("constraints",)
 )
-_CHECK = (
-    Section(CheckOptions, "check"),
-    Section(RetrainOptions, "check: retraining", prefix="retrain_", changed={"epochs": 20}),
+_END = (
+    Section(EndOptions, "at the end"),
+    Section(RetrainOptions, "retraining at the end", prefix="retrain_", changed={"epochs": 20}),
 )
 
 VERBS: dict[str, tuple[Section, ...]] = {
@@ -65,7 +65,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
         _CONSTRAINTS,
         _SEARCH,
         Section(PretrainOptions, "pre-training, where no supernet is given", prefix="pretrain_"),
-        *_CHECK,
+        *_END,
         _PLACE,
         _IMAGES,
     ),
@@ -76,7 +76,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
         _DATA,
         _CONSTRAINTS,
         _SEARCH,
-        *_CHECK,
+        *_END,
         _PLACE,
         _IMAGES,
     ),

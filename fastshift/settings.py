@@ -9,9 +9,9 @@ from fastshift.errors import ConfigError
 
 __all__ = [
     "ArchOptions",
-    "CheckOptions",
     "ConstraintOptions",
     "DataOptions",
+    "EndOptions",
     "EvaluateOptions",
     "ExportOptions",
     "ListOptions",
@@ -143,15 +143,17 @@ class ConstraintOptions:
 
 
 @dataclass(frozen=True)
-class CheckOptions:
-    """The winner against chance, after a search.
+class EndOptions:
+    """What follows a search.
 
     Attributes:
         retrain_check: retrain the winner from scratch beside so many random feasible architectures;
             0 for no check.
+        report: write `report.html`, where matplotlib is installed.
     """
 
     retrain_check: int = 0
+    report: bool = True
 
     def __post_init__(self) -> None:
         if self.retrain_check < 0:
