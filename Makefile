@@ -1,0 +1,95 @@
+# Everything is made inside this folder: `.venv`, `build`, `runs`. `make PYTHON=/path/to/python search` picks a Python.
+
+.DELETE_ON_ERROR:
+.PHONY: search test test-slow bench lint format gpu-static clean distclean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10)
+
+# Requirements stand in pyproject.toml and nowhere else.
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+TORCH := $(shell sed -n 's/^ *\("torch[><=].*"\),/\1/p' pyproject.toml)
+RUFF := $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*.hpp csrc/*/*.cpp)
+
+# No cache outside: neither pip's, nor matplotlib's.
+export PIP_NO_CACHE_DIR ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+export MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/matplotlib
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
+
+# A whole search on scikit-learn's digits: about a minute and a half on two cores.
+RUN := runs/digits
+DIGITS := --space digits --data digits --seed 0 \
+	--pretrain-steps 1500 --pretrain-batch-size 64 --pretrain-lr 0.15 --pretrain-nesterov \
+	--pretrain-schedule cosine --pretrain-clip-norm 5 --pretrain-label-smoothing 0 \
+	--generations 6 --population 20 --parents 6 \
+	--shift accumulate --shift-steps 5 --shift-batch-size 64 --shift-lr 0.001 --shift-label-smoothing 0 \
+	--retrain-check 3 --retrain-epochs 12 --retrain-batch-size 64 --retrain-lr 0.1 --retrain-nesterov
+
+search: $(VENV)/.made-search
+	$(BIN)/fastshift search $(DIGITS) --out $(RUN) --resume
+
+test: $(VENV)/.made-test
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.made-test
+	$(BIN)/pytest -m slow $(ARGS)
+
+bench: $(VENV)/.made-test
+	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)
+
+lint: $(VENV)/.made-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.made-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu-static:
+	@echo "gpu-static: the Triton kernels are not part of this version; nothing to compile"
+
+# What was built and what tools left behind; `distclean` takes the environment and the runs too.
+clean:
+	rm -rf build dist *.egg-info fastshift/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.made-search $(VENV)/.made-test
+	find fastshift kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) runs
+
+# The environment, in steps that are each made once; a stamp marks a step that ended well.
+$(VENV)/.made:
+	@for python in $(PYTHONS); do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
+	    echo "making $(VENV) with $$("$$python" --version)"; \
+	    "$$python" -m venv $(VENV) && "$(BIN)/python" -m pip --version >/dev/null && touch $@ && exit 0; \
+	    echo "make: $$python cannot make a virtual environment; it needs its venv module (Debian: python3-venv)" >&2; \
+	    exit 1; \
+	done; \
+	echo "make: no Python of 3.10 or newer among: $(PYTHONS); name one with make PYTHON=..." >&2; exit 1
+
+$(VENV)/.made-lint: $(VENV)/.made pyproject.toml
+	$(PIP) install -q $(RUFF)
+	@touch $@
+
+$(VENV)/.made-torch: $(VENV)/.made pyproject.toml
+	@$(BIN)/python -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	    { echo "make: Python.h not found; install Python's headers (Debian: python3-dev)" >&2; exit 1; }
+	@command -v "$${CXX:-g++}" >/dev/null || \
+	    { echo "make: no C++ compiler $${CXX:-g++}; install g++, or name one with CXX=..." >&2; exit 1; }
+	@echo "installing $(TORCH); the first time takes some minutes"
+	$(PIP) install -q $(BUILD_TOOLS) $(TORCH)
+	@touch $@
+
+# Nothing is built in isolation, where pip would install a torch of its own choice.
+$(VENV)/.made-search: $(VENV)/.made-torch $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[cli,digits,report]'
+	@touch $@
+
+$(VENV)/.made-test: $(VENV)/.made-torch $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[test]'
+	@touch $@

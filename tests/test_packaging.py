@@ -1,0 +1,166 @@
+"""What is installed, under which names, and what importing it does not do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import fastshift
+
+ROOT = Path(__file__).parents[1]
+
+PUBLIC = [
+    "ChainSupernet",
+    "Constraint",
+    "Evaluator",
+    "Evolution",
+    "FastShiftError",
+    "FeasibleSampler",
+    "Frame",
+    "Head",
+    "Op",
+    "PretrainOptions",
+    "PretrainResult",
+    "RetrainOptions",
+    "Retrained",
+    "Scored",
+    "Scores",
+    "Search",
+    "SearchOptions",
+    "SearchResult",
+    "SearchSpace",
+    "Supernet",
+    "Unit",
+    "data",
+    "errors",
+    "export",
+    "load_supernet",
+    "ops",
+    "parse_constraints",
+    "pretrain",
+    "recalibrate",
+    "retrain",
+    "save_supernet",
+    "search",
+    "spaces",
+    "transfer",
+    "write_report",
+]
+
+IMPORT = """
+import json, sys
+before = set(sys.modules)
+import fastshift, torch
+print(json.dumps([sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+                  torch.cuda.is_initialized()]))
+"""
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run this Python by itself."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_public_names_are_these():
+    assert fastshift.__all__ == PUBLIC
+
+
+def test_every_public_name_is_there():
+    for name in PUBLIC:
+        assert getattr(fastshift, name) is not None
+
+
+def test_importing_loads_no_extra_and_starts_no_gpu(tmp_path):
+    done = python("-c", IMPORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded, cuda_started = json.loads(done.stdout)
+    extras = {"PIL", "matplotlib", "nvidia", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn"}
+    assert not extras & set(loaded)
+    assert not {"tensorboard", "torchvision", "triton"} & set(loaded)
+    assert cuda_started is False
+
+
+def test_kernels_import_under_the_package_name_alone(tmp_path):
+    inside = python("-c", "import fastshift.kernels as k; print(k.__name__)", cwd=tmp_path)
+    assert inside.stdout == "fastshift.kernels\n", inside.stderr
+    bare = python("-c", "import kernels", cwd=ROOT)
+    assert bare.returncode != 0
+    assert "this package is fastshift.kernels, imported as 'kernels'" in bare.stderr
+
+
+def test_types_are_shipped():
+    package = resources.files(fastshift)
+    assert (package / "py.typed").is_file()
+    assert (package / "_core.pyi").is_file()
+
+
+def test_the_version_stands_in_one_place():
+    assert importlib.metadata.version("fastshift") == fastshift.__version__
+    assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def test_the_licence_is_the_one_that_is_named():
+    assert importlib.metadata.metadata("fastshift")["License-Expression"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_takes_its_requirements_from_pyproject():
+    done = subprocess.run(
+        ["make", "-n", "-B", "search", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for requirement in ('"setuptools>=', '"pybind11>=', '"torch>=', '"ruff=='):
+        assert requirement in done.stdout
+    assert "--no-build-isolation" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_names_the_pythons_it_tried_where_none_is_new_enough(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    done = subprocess.run(
+        ["make", "test", "PYTHON=/bin/false"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no Python of 3.10 or newer among: /bin/false" in done.stderr
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_a_build_and_an_import_need(tmp_path):
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    done = python("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=tree)
+    assert done.returncode == 0, done.stderr
+    [archive] = tmp_path.glob("fastshift-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    headers = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/population/*.hpp")}
+    assert headers | {"csrc/population/bindings.cpp", "kernels/__init__.py", "LICENSE"} <= names
+    wheel = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    done = python(*wheel, str(archive), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [file] = tmp_path.glob("fastshift-*.whl")
+    with zipfile.ZipFile(file) as packed:
+        names = set(packed.namelist())
+    assert {"fastshift/kernels/__init__.py", "fastshift/py.typed", "fastshift/_core.pyi"} <= names
+    assert any(re.fullmatch(r"fastshift/_core\..*\.(so|pyd)", name) for name in names)
+    assert not any(name.startswith(("tests", "benchmarks", "kernels")) for name in names)
