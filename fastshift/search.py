@@ -412,12 +412,7 @@ class Search:
             self._record(archs, self.evaluator.evaluate(archs), final=True)
         self.seconds += time.perf_counter() - self._clock
         rows = {text: self._scored(text) for text in chosen}
-
-        def order(scored: Scored):
-            pair = (scored.error, scored.loss)
-            return (*(pair if column == 0 else pair[::-1]), scored.flops, scored.arch)
-
-        ranked = sorted((rows[t] for t in texts if math.isfinite(rows[t].loss)), key=order)
+        ranked = sorted((rows[t] for t in texts if math.isfinite(rows[t].loss)), key=self._order)
         alive = [row for row in rows.values() if math.isfinite(row.loss)]
         pareto = []
         if alive:
@@ -428,6 +423,12 @@ class Search:
             "top": [text_of(s.arch) for s in ranked],
             "pareto": [text_of(s.arch) for s in sorted(pareto, key=lambda s: (s.flops, s.arch))],
         }
+
+    def _order(self, scored: Scored) -> tuple:
+        """What candidates are sorted by: the score, then the other one, FLOPs and the string."""
+        pair = (scored.error, scored.loss)
+        first = pair if self.options.score_by == "error" else pair[::-1]
+        return (*first, scored.flops, scored.arch)
 
     def _scored(self, text: str) -> Scored:
         """The latest score of an architecture."""
@@ -449,7 +450,10 @@ class Search:
             top = [self._scored(text) for text in self.finished["top"]]
             pareto = [self._scored(text) for text in self.finished["pareto"]]
         else:
-            top, pareto = self.evolution.top_k(options.top_k), []
+            # The population knows one version for a whole generation; the history each score's.
+            kept = [s.arch for s in self.evolution.top_k(options.top_k)]
+            texts = self.space.format_all(kept) if kept else []
+            top, pareto = sorted(map(self._scored, texts), key=self._order), []
         parts = [part.trainer for part in (self.shifter, self.warmup) if part is not None]
         budget = {
             "updates": sum(trainer.updates for trainer in parts),
