@@ -275,9 +275,7 @@ def train_step(
 
 
 @contextmanager
-def _candidate_random(
-    key: tuple, arch: np.ndarray, device: torch.device
-) -> Iterator[None]:
+def _candidate_random(key: tuple, arch: np.ndarray, device: torch.device) -> Iterator[None]:
     """Give what follows random numbers that depend on (seed, step, candidate) alone."""
     digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()
     # torch.manual_seed formats a stack trace for every kind of device not started yet: 2 ms.

@@ -1,8 +1,8 @@
-"""What tests and benchmarks share: tiny data and supernets, and what it means that results are equal.
+"""What tests and benchmarks share: tiny data, tiny supernets, and what it means to be equal.
 
-Equal means: float64 to 1e-10; fp32 with an error against float64 at most twice that of the one-at-a-time
-computation, by global norm; predictions equal up to images whose relative logit margin is under 1e-4, of which
-there may be at most 0.1 %.
+Equal means: float64 to 1e-10; fp32 with an error against float64 at most twice that of the
+one-at-a-time computation, by global norm; predictions equal up to images whose relative logit
+margin is under 1e-4, of which there may be at most 0.1 %.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ __all__ = [
     "chain_supernet",
     "changed_tensors",
     "global_error",
+    "micro_supernet",
     "path_gradients",
-    "randomise",
     "random_archs",
+    "randomise",
     "snapshot",
     "stop_at",
     "synthetic_data",
     "tiny_space",
     "tiny_supernet",
+    "toy_supernet",
 ]
 
 FLOAT64_TOLERANCE = 1e-10
@@ -62,10 +64,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class SyntheticTrain:
-    """An endless stream of labelled images, each batch a pure function of (seed, stream, index, size).
+    """An endless stream of batches, each a pure function of (seed, stream, index, size).
 
     Attributes:
-        spoil: called with (stream, index, images) before a batch leaves; a test can put NaN in there.
+        spoil: called with (stream, index, images) before a batch leaves; it may put NaN in there.
         asked: (stream, index, size) of every batch given.
     """
 
@@ -79,9 +81,7 @@ class SyntheticTrain:
         size = 16 if size is None else size
         self.asked.append((stream, index, size))
         key = [self.seed, *stream.encode(), index]
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng(key).integers(2**62))
-        )
+        generator = torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2**62)))
         images, labels = _draw(self.patterns, self.noise, size, generator)
         if self.spoil is not None:
             self.spoil(stream, index, images)
@@ -90,7 +90,7 @@ class SyntheticTrain:
 
 @dataclass
 class SyntheticData:
-    """Images of `num_classes` fixed patterns under noise, with the attributes of `fastshift.data.Data`."""
+    """Images of `num_classes` fixed patterns under noise, with the attributes of `data.Data`."""
 
     train: SyntheticTrain
     validation: list[Batch]
@@ -107,9 +107,7 @@ class SyntheticData:
 
 def _draw(patterns: Tensor, noise: float, size: int, generator: torch.Generator) -> Batch:
     labels = torch.randint(len(patterns), (size,), generator=generator)
-    images = patterns[labels] + noise * torch.randn(
-        size, *patterns.shape[1:], generator=generator
-    )
+    images = patterns[labels] + noise * torch.randn(size, *patterns.shape[1:], generator=generator)
     return images, labels
 
 
@@ -152,7 +150,7 @@ def synthetic_data(
 def tiny_space(
     num_classes: int = 4, *, dropout: float = 0.0, affine: bool = True, image_size: int = 8
 ) -> SearchSpace:
-    """Make a space of 4 choice blocks with 4, 4, 2 and 3 choices and every kind of frame: 96 architectures."""
+    """Make a space of 4 blocks with 4, 4, 2 and 3 choices and every kind of frame."""
     blocks = [
         [identity(8), inverted_residual(8, 8, 1, 2, 3), conv(8, 8, 3, 1), shuffle_unit(8, 8, 1, 3)],
         [
@@ -226,7 +224,7 @@ def chain_supernet(
         num_classes: outputs.
         dropout: before the classifier.
         seed: of the weights.
-        blocks: other candidate ops, `[L][O]`, from 6 channels to 6 at half the resolution of the image.
+        blocks: other candidate ops, `[L][O]`, from 6 channels to 6 at half the image's resolution.
     """
     if blocks is None:
         blocks = [
@@ -269,9 +267,55 @@ def chain_supernet(
     )
 
 
+def micro_supernet(num_classes: int = 4, *, dropout: float = 0.25, seed: int = 0) -> ChainSupernet:
+    """Make the cheapest supernet that has all parts: 3 blocks of 3 choices, 27 architectures."""
+    blocks = [
+        [
+            nn.Identity(),
+            nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)),
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.ReLU()),
+        ]
+        for _ in range(3)
+    ]
+    stem = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, num_classes))
+    return randomise(ChainSupernet(stem, blocks, head, input_shape=(3, 8, 8), name="micro"), seed)
+
+
+class Mask(nn.Module):
+    """Keep some pixels, always the same: what is dropped no later block can bring back."""
+
+    def __init__(self, size: int, kept: int, generator: torch.Generator) -> None:
+        super().__init__()
+        mask = torch.zeros(size * size)
+        mask[torch.randperm(size * size, generator=generator)[:kept]] = 1
+        self.register_buffer("mask", mask.view(size, size))
+        self.gain = nn.Parameter(torch.ones(1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[N, C, size, size]` to the same shape."""
+        return x * self.mask * self.gain
+
+
+def toy_supernet(best: Sequence[int], num_classes: int = 4, seed: int = 0) -> ChainSupernet:
+    """Make a supernet whose best architecture is known.
+
+    Choice `best[l]` of block `l` keeps all pixels, the other two keep two thirds and a third.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for choice in best:
+        block: list[nn.Module] = [Mask(8, kept, generator) for kept in (42, 21)]
+        block.insert(choice, Mask(8, 64, generator))
+        blocks.append(block)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    head[1].weight.data.zero_()
+    return ChainSupernet(nn.Conv2d(1, 1, 1), blocks, head, input_shape=(1, 8, 8), name="toy")
+
+
 @torch.no_grad()
 def randomise(supernet: ChainSupernet, seed: int = 0) -> Any:
-    """Draw weights, norms' scales and shifts and running statistics, so that none is at its neutral value."""
+    """Draw weights, scales, shifts and running statistics, so that none has its neutral value."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in supernet.parameters():
         fan = parameter[0].numel() if parameter.dim() > 1 else 16
@@ -297,7 +341,7 @@ def random_archs(space: SearchSpace, num: int, seed: int = 0) -> np.ndarray:
 
 
 def snapshot(supernet: ChainSupernet) -> dict[str, Any]:
-    """Copy all that scoring must leave alone: weights, buffers, ema, gradients, modes and hyper-parameters."""
+    """Copy all that scoring must leave alone: tensors, gradients, modes and settings."""
     return {
         "tensors": {name: tensor.clone() for name, tensor in supernet.tensors().items()},
         "addresses": {name: tensor.data_ptr() for name, tensor in supernet.tensors().items()},
@@ -351,7 +395,7 @@ def _float64(values: Any) -> Tensor:
 
 
 def global_error(found: Iterable[Any], exact: Iterable[Any]) -> float:
-    """Relative error of many tensors or arrays by global norm, in float64; None stands for zeros."""
+    """Relative error of many tensors by global norm, in float64; None stands for zeros."""
     difference = total = 0.0
     for a, b in zip(found, exact, strict=True):
         if a is None and b is None:
@@ -379,7 +423,7 @@ def assert_as_accurate(
 
 
 def assert_same_predictions(found: Tensor, plain: Tensor) -> None:
-    """Check that logits `[..., classes]` choose the same classes, up to the few images that are too close to call."""
+    """Check that logits `[..., classes]` choose the same classes, close calls aside."""
     found, plain = found.double(), plain.double()
     differs = found.argmax(-1) != plain.argmax(-1)
     highest = plain.topk(2, dim=-1).values

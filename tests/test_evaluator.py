@@ -125,9 +125,9 @@ def test_shared_scoring_in_fp32_is_as_accurate_as_sequential_scoring(kind, polic
     plain = _plain_logits(net, data, archs, policy)
     exact = _plain_logits(copy.deepcopy(net).double(), data, archs, policy)
     one_by_one = _evaluator(net, data, "sequential", batch_norm=policy).evaluate(archs)
-    true = _evaluator(
-        copy.deepcopy(net).double(), data, "sequential", batch_norm=policy
-    ).evaluate(archs)
+    true = _evaluator(copy.deepcopy(net).double(), data, "sequential", batch_norm=policy).evaluate(
+        archs
+    )
     for size in (1, 6):
         logits = _shared_logits(net, data, archs, policy, size)
         assert_as_accurate([logits], [plain], [exact])
@@ -152,7 +152,9 @@ def _assert_equal_on(net, data, archs, policy="recalibrate"):
 def test_shared_equals_sequential_on_the_digits_space(policy):
     net = _with_ema(randomise(Supernet(spaces.digits())))
     data = synthetic_data(num_classes=10, in_channels=1, validation=(20,), calibration=(12, 8))
-    _assert_equal_on(net, data, net.space.as_archs(["012301", "012311", "333333", "000000"]), policy)
+    _assert_equal_on(
+        net, data, net.space.as_archs(["012301", "012311", "333333", "000000"]), policy
+    )
 
 
 def test_shared_equals_sequential_on_the_nasbench_macro_space():
@@ -257,7 +259,7 @@ def test_an_architecture_outside_the_space_is_refused(data):
 def test_scoring_leaves_the_supernet_untouched_bit_for_bit(kind, strategy, policy, data):
     net = _make(kind)
     net.train()
-    list(net.blocks[1])[0].eval()
+    net.blocks[1][0].eval()
     images, labels = data.train.batch(0)
     functional.cross_entropy(net(images, random_archs(net.space, 1)[0]), labels).backward()
     net.stem.requires_grad_(False)
@@ -348,11 +350,12 @@ def test_the_sharing_factor_is_the_cost_of_paths_over_the_cost_of_nodes(data):
     net = _make("described")
     table = net.space.flops_table
     scores = _evaluator(net, data).evaluate(["1100", "1101", "3210"])
-    paths = sum(table[l, int(c)] for a in ("1100", "1101", "3210") for l, c in enumerate(a))
+    cost = [
+        sum(int(row[int(choice)]) for row, choice in zip(table, arch, strict=True))
+        for arch in ("1100", "1101", "3210")
+    ]
     once = table[0, 1] + table[1, 1] + table[2, 0] + table[3, 0] + table[3, 1]
-    assert scores.sharing == pytest.approx(
-        paths / (once + sum(table[l, int(c)] for l, c in enumerate("3210")))
-    )
+    assert scores.sharing == pytest.approx(sum(cost) / (once + cost[2]))
     assert _evaluator(net, data, "sequential").evaluate(["1100", "1101"]).sharing == 1
 
 

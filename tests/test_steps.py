@@ -151,7 +151,7 @@ def test_dropout_masks_differ_between_steps_seeds_and_candidates(batch):
 
 
 def test_the_dropout_of_a_lone_path_is_that_of_its_plain_forward_pass(batch):
-    """Scaled by 1 / (1 - p) and drawn once per image and channel: the mean over masks is the plain loss."""
+    """Some features are dropped, and those that stay are scaled by 1 / (1 - p)."""
     net = chain_supernet(dropout=0.5).double()
     arch = random_archs(net.space, 1)
     masks = []
@@ -210,7 +210,12 @@ def test_ops_no_candidate_uses_get_no_gradient(batch):
 def test_no_gradient_comes_back_through_an_op_that_lets_nothing_through(batch):
     blocks = [[Residual(6), Zero()], [Residual(6), nn.Identity()], [Zero(), Residual(6)]]
     net, (images, labels) = _double(chain_supernet(blocks=blocks), batch)
-    for archs in ([(0, 0, 0), (0, 1, 0)], [(1, 0, 1), (1, 1, 1)], [(0, 0, 0)], [(0, 0, 0), (0, 0, 1)]):
+    for archs in (
+        [(0, 0, 0), (0, 1, 0)],
+        [(1, 0, 1), (1, 1, 1)],
+        [(0, 0, 0)],
+        [(0, 0, 0), (0, 0, 1)],
+    ):
         archs = np.array(archs, np.uint8)
         plain, _ = path_gradients(net, archs, images, labels)
         for size in (1, 2):
@@ -286,9 +291,7 @@ def test_a_row_is_not_kept_after_its_sub_trie_is_done(batch):
     for size, bound in ((2, 2), (12, 12)):
         alive.clear()
         most = 0
-        train_step(
-            net, norms, Plan(archs, size), *batch, MovingAverages(norms), key=(0, 0)
-        )
+        train_step(net, norms, Plan(archs, size), *batch, MovingAverages(norms), key=(0, 0))
         assert most <= bound
         assert len(alive) == len(np.unique(archs, axis=0))
 
@@ -370,7 +373,9 @@ def test_eval_and_calibrate_steps_build_no_graph(batch):
     calibrate_step(net, norms, plan, batch[0], statistics)
     _, losses = eval_step(net, norms, plan, *batch, "recalibrate", statistics)
     assert not losses.requires_grad
-    assert not statistics.nodes[0][0].sums[-1][0].requires_grad if statistics.nodes[0][0].sums else 1
+    assert (
+        not statistics.nodes[0][0].sums[-1][0].requires_grad if statistics.nodes[0][0].sums else 1
+    )
 
 
 def test_a_training_step_moves_nothing_by_itself(batch):
