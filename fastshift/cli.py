@@ -121,10 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = given.pop("verb")
         file = read_file(given["config"], verb) if given.get("config") else {}
         config = resolve(verb, given, file)
+        config.check()
         if verb in QUERIES:
-            return QUERIES[verb](config)
-        with _stop_flag() as flag:
-            return RUNS[verb](config, flag.is_set)
+            code = QUERIES[verb](config)
+        else:
+            with _stop_flag() as flag:
+                code = RUNS[verb](config, flag.is_set)
+        sys.stdout.flush()  # here, where a full disk behind it is still an error with a message
+        return code
     except NonFiniteLossError as error:
         return _fail(error, STOPPED_ITSELF)
     except BrokenPipeError:

@@ -142,11 +142,19 @@ class Config:
             ConfigError: a value is out of its range.
         """
         section = next(section for section in VERBS[self.verb] if section.kind is kind)
+        return self._make(section, **more)
+
+    def _make(self, section: Section, **more: Any) -> Any:
         chosen = {option.field: self.values[option.name] for option in section.options()}
         try:
-            return kind(**chosen, **more)
+            return section.kind(**chosen, **more)
         except FastShiftError as error:
             raise ConfigError(f"{section.prefix}{error}") from error
+
+    def check(self) -> None:
+        """Make every section once, so that `ConfigError` comes before any work."""
+        for section in VERBS[self.verb]:
+            self._make(section)
 
     def require(self, *names: str) -> None:
         """Refuse a configuration in which one of these options is missing."""
