@@ -16,7 +16,7 @@ from fastshift.pretrain import PretrainOptions, _with_overrides, pretrain
 from fastshift.space import SearchSpace
 from fastshift.supernet import Supernet
 
-__all__ = ["RetrainOptions", "Retrained", "retrain", "single_path", "test_error"]
+__all__ = ["RetrainOptions", "Retrained", "retrain", "single_path", "top1_error"]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def retrain(
     return Retrained(
         net=net,
         path=path,
-        test_error=None if trained.stopped else test_error(net, data.test),
+        test_error=None if trained.stopped else top1_error(net, data.test),
         loss=trained.loss,
         steps=trained.steps,
         seconds=trained.seconds,
@@ -206,7 +206,7 @@ def retrain(
 
 
 @torch.no_grad()
-def test_error(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def top1_error(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Top-1 error of a network on labelled batches, in [0, 1]; its mode stays as it is.
 
     Args:

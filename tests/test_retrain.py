@@ -1,0 +1,158 @@
+"""One architecture trained from scratch: what it is made of, and what it depends on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastshift import data as data_module
+from fastshift.errors import ArchError, CheckpointError, ConfigError, DataError, SpaceError
+from fastshift.ops import Head, Unit, conv, identity, inverted_residual, shuffle_unit
+from fastshift.retrain import RetrainOptions, retrain, single_path, top1_error
+from fastshift.space import SearchSpace
+from fastshift.supernet import ChainSupernet, Supernet
+from fastshift.weights import load_supernet, save_supernet
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return data_module.load("digits", seed=0)
+
+
+@pytest.fixture(scope="module")
+def space():
+    ops = [
+        identity(8),
+        conv(8, 8, 3, 1),
+        inverted_residual(8, 8, 1, 2, 3),
+        shuffle_unit(8, 8, 1, 3),
+    ]
+    wider = [conv(8, 16, 3, 2)]
+    return SearchSpace(
+        "small",
+        stem=[Unit("dense", 1, 8, kernel=3)],
+        blocks=[ops, wider, [identity(16), conv(16, 16, 3, 1)]],
+        head=Head(16, (), 10, dropout=0.1),
+        in_channels=1,
+        image_size=8,
+        affine=False,
+    )
+
+
+QUICK = {"epochs": 2, "batch_size": 64, "lr": 0.1}
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_network_is_the_architectures_alone_with_affine_batch_norms(space, data):
+    alone = single_path(space, "201")
+    assert alone.num_choices.tolist() == [1, 1, 1]
+    assert alone.flops(["000"]).tolist() == space.flops(["201"]).tolist()
+    norms = [m for m in Supernet(alone).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.affine for norm in norms)
+    assert not any(m.affine for m in Supernet(space).modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_it_learns(space, data):
+    trained = retrain(space, "201", data, seed=0, epochs=6, batch_size=32, lr=0.2)
+    assert trained.test_error < 0.5
+    assert trained.test_error == top1_error(trained.net, data.test)
+    assert not trained.net.training
+
+
+def test_it_is_a_function_of_its_arguments_alone(space, data):
+    torch.manual_seed(1)
+    first = retrain(space, "101", data, seed=3, **QUICK)
+    torch.manual_seed(2)
+    again = retrain(space, np.array([1, 0, 1], np.uint8), data, seed=3, **QUICK)
+    other = retrain(space, "101", data, seed=4, **QUICK)
+    assert equal(first.net, again.net)
+    assert first.test_error == again.test_error
+    assert not equal(first.net, other.net)
+
+
+def test_it_draws_nothing_from_the_global_generator(space, data):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    retrain(space, "101", data, **QUICK)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_interrupted_and_resumed_it_ends_the_same(space, data, tmp_path):
+    whole = retrain(space, "101", data, seed=1, **QUICK)
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps > 7
+
+    cut = retrain(space, "101", data, seed=1, out=tmp_path, stop=stop, **QUICK)
+    assert cut.stopped == "interrupted"
+    assert cut.test_error is None
+    rest = retrain(space, "101", data, seed=1, out=tmp_path, resume=True, **QUICK)
+    assert rest.steps == whole.steps
+    assert equal(rest.net, whole.net)
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        retrain(space, "101", data, seed=1, out=tmp_path, **QUICK)
+    with pytest.raises(CheckpointError, match="another run"):
+        retrain(space, "001", data, seed=1, out=tmp_path, resume=True, **QUICK)
+
+
+def test_the_trained_path_is_saved_and_loaded_as_a_supernet_of_one(space, data, tmp_path):
+    trained = retrain(space, "101", data, **QUICK)
+    save_supernet(trained.path, tmp_path, {"arch": "101"})
+    loaded, meta = load_supernet(tmp_path)
+    assert meta["arch"] == "101"
+    assert equal(loaded.subnet("000"), trained.net)
+
+
+def test_steps_follow_from_epochs_and_the_training_part():
+    options = RetrainOptions(epochs=3, batch_size=50, warmup_epochs=1).for_images(1000)
+    assert (options.steps, options.warmup_steps, options.schedule) == (60, 20, "cosine")
+    assert options.lr_at(20) == options.peak_lr
+    assert RetrainOptions(epochs=1, batch_size=128).for_images(20).steps == 1
+
+
+def test_what_cannot_be_retrained_is_refused(space, data):
+    with pytest.raises(ArchError, match="'12'"):
+        retrain(space, "12", data, **QUICK)
+    with pytest.raises(ConfigError, match="epochs: 0"):
+        retrain(space, "101", data, epochs=0)
+    with pytest.raises(ConfigError, match="epoch: unknown option"):
+        retrain(space, "101", data, epoch=1)
+    with pytest.raises(ConfigError, match="schedule: 'step'"):
+        RetrainOptions(schedule="step")
+    chain = ChainSupernet(nn.Identity(), [[nn.Identity()]], nn.Linear(3, 2))
+    with pytest.raises(SpaceError, match="no description"):
+        retrain(chain.space, "0", data, **QUICK)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    untested = data_module.from_arrays(images, np.arange(40) % 10)
+    with pytest.raises(DataError, match="no test set"):
+        retrain(space, "101", untested, **QUICK)
+
+
+def test_an_error_is_a_share_of_the_images_whatever_the_batches(space, data):
+    net = Supernet(space).subnet("101", calibration=data.calibration)
+    images = torch.cat([x for x, _ in data.test])
+    labels = torch.cat([y for _, y in data.test])
+    whole = top1_error(net, [(images, labels)])
+    parts = top1_error(net, list(zip(images.split(7), labels.split(7), strict=True)))
+    assert whole == parts
+    with pytest.raises(ValueError, match="none to test on"):
+        top1_error(net, [])
