@@ -176,4 +176,3 @@ def test_every_module_says_what_it_is():
 def test_nothing_sits_where_it_would_shadow_an_installed_package():
     assert not (ROOT / "conftest.py").exists()
     assert not (ROOT / "tests/__init__.py").exists()
-    assert not (ROOT / "tests/conftest.py").exists()
