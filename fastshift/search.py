@@ -237,6 +237,9 @@ class Search:
             except NonFiniteLossError:
                 self._save()
                 raise
+            finally:
+                if self.shifter is not None:
+                    self.shifter.freeze_trunk(False)
         self.finished = self._final()
         self._save()
         return self._finish()
@@ -264,9 +267,9 @@ class Search:
                 self.archs = self.evolution.ask()
                 if len(self.archs) == 0:
                     return
+            if self.shifter is not None:
                 frozen = len(self.generations) < self.options.frozen_trunk_generations
-                if self.shifter is not None:
-                    self.shifter.freeze_trunk(frozen)
+                self.shifter.freeze_trunk(frozen)
             yield from self._generation(self.archs)
             self._end_generation()
             yield
@@ -584,8 +587,6 @@ class Search:
         self.archs = None if state["archs"] is None else self.space.as_archs(state["archs"])
         if self.shifter is not None:
             self.shifter.load_state(state["shifter"])
-            frozen = len(self.generations) < self.options.frozen_trunk_generations
-            self.shifter.freeze_trunk(frozen)
         active = self.shifter
         if self.warmup is not None:
             self.warmup.load_state(state["warmup"])

@@ -164,6 +164,7 @@ class Shifter:
         self.data = data
         self.subtrie_size = subtrie_size
         self.position = 0
+        self._movable = [p for p in supernet.trunk_parameters() if p.requires_grad]
         self.trainer = PathTrainer(
             supernet,
             lr=options.lr_for(population),
@@ -209,8 +210,11 @@ class Shifter:
         return self.trainer.update(plan, images, labels, position=self.position - 1)
 
     def freeze_trunk(self, frozen: bool) -> None:
-        """Let the trunk's parameters move or not; its moving averages always do."""
-        for p in self.trainer.supernet.trunk_parameters():
+        """Let the trunk's parameters move or not; its moving averages always do.
+
+        What the caller had frozen before stays so.
+        """
+        for p in self._movable:
             p.requires_grad_(not frozen)
 
     def state(self) -> dict[str, Any]:
