@@ -27,6 +27,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 def precision_scope(precision: str, device: torch.device) -> AbstractContextManager:
     """The autocast scope of a precision: none for `fp32`, bfloat16 for `bf16`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

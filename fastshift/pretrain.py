@@ -352,6 +352,8 @@ def pretrain(
         seed=seed,
         precision=precision,
     )
+    # An earlier shift's averages are of weights that are about to go.
+    supernet.ema.clear()
     step, recent = 0, []
     identity = {"stage": what, "seed": seed, "space": supernet.space.fingerprint()}
     identity |= {"data": getattr(data, "describe", dict)().get("digest")}
