@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from fastshift._report_run import Run, short_count
 from fastshift.errors import missing_extra
@@ -169,6 +168,9 @@ def score_against_flops(run: Run) -> tuple[str, str]:
         "later the generation. Star: the chosen architecture"
     )
     if len(np.unique(x)) > 1 and len(np.unique(y)) > 1:
+        # Here: scipy.stats takes as long to import as all else but torch, and only a page needs it.
+        from scipy.stats import kendalltau
+
         tau = kendalltau(x, -y).statistic
         caption += (
             f". Kendall's tau between multiply-adds and merit is {tau:.2f}: "

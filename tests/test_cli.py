@@ -1,0 +1,419 @@
+"""What the verbs do, print and leave behind."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import inspect
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import fastshift as fs
+from fastshift import build, checkpoint
+from fastshift.cli import _stop_flag, main
+from fastshift.config import VERBS, resolve
+from fastshift.export import load_into, read_metadata
+from fastshift.ops import Head, Unit, conv, identity, shuffle_unit
+
+TINY = """
+from fastshift.ops import Head, Unit, conv, identity, inverted_residual
+from fastshift.space import SearchSpace
+
+def tiny(image_size, num_classes, in_channels):
+    stem = [Unit("dense", in_channels, 4, kernel=3)]
+    blocks = [[identity(4), conv(4, 4, 3, 1), inverted_residual(4, 4, 1, 2, 3)]] * 4
+    shape = {"in_channels": in_channels, "image_size": image_size}
+    head = Head(4, (), num_classes)
+    return SearchSpace("tiny", stem=stem, blocks=blocks, head=head, **shape)
+"""
+
+IMAGES = ["--data=digits", "--limit=100", "--validation-size=50", "--calibration-batches=1"]
+IMAGES += ["--calibration-batch-size=25", "--quiet"]
+SEARCH = ["--generations=1", "--population=4", "--parents=2", "--shift-steps=1", "--top-k=3"]
+SEARCH += ["--shift-batch-size=8"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("cli")
+    (made / "tiny.py").write_text(TINY)
+    return made
+
+
+@pytest.fixture(scope="module")
+def space(folder):
+    return f"--space={folder / 'tiny.py'}:tiny"
+
+
+@pytest.fixture(scope="module")
+def supernet(folder, space):
+    out = folder / "supernet"
+    argv = ["pretrain", space, *IMAGES, f"--out={out}", "--steps=3", "--batch-size=8"]
+    assert main(argv) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(folder, space):
+    """A finished search with everything on."""
+    out = folder / "run"
+    stage = ["--pretrain-steps=2", "--pretrain-batch-size=8", "--flops=90%"]
+    check = ["--retrain-check=2", "--retrain-epochs=1"]
+    assert main(["search", space, *IMAGES, *SEARCH, *stage, *check, f"--out={out}"]) == 0
+    return out
+
+
+def result_of(out):
+    return json.loads((out / "result.json").read_text())
+
+
+# Search and transfer
+
+
+def test_a_search_leaves_the_files_that_the_interface_names(run):
+    for name in ("config.yaml", "scores.jsonl", "result.json", "supernet.safetensors"):
+        assert (run / name).stat().st_size > 0
+    assert (run / "checkpoint" / "LATEST").exists()
+    assert "<html" in (run / "report.html").read_text()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["verb"], config["flops"], config["seed"]) == ("search", "90%", 0)
+    assert {"fastshift", "torch", "triton", "python", "device"} <= config["versions"].keys()
+    result = result_of(run)
+    assert result["shift"]["constraints"] == {"flops": "90%"}
+    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert {"arch", "error", "loss", "generation", "weights_version"} <= scores[0].keys()
+
+
+def test_the_winner_and_random_architectures_are_retrained_and_compared(run):
+    rows = result_of(run)["retrained"]
+    assert [row["kind"] for row in rows] == ["winner", "random", "random"]
+    assert rows[0]["arch"] == result_of(run)["best"]["arch"]
+    assert len({row["arch"] for row in rows}) == 3
+    for row in rows:
+        assert 0 <= row["test_accuracy"] <= 1
+        assert 0 <= row["error_supernet"] <= 1
+
+
+def test_the_table_has_the_best_architectures_and_the_retrained_ones(run, capsys, space):
+    stage = ["--pretrain-steps=2", "--pretrain-batch-size=8", "--flops=90%"]
+    check = ["--retrain-check=2", "--retrain-epochs=1"]
+    argv = ["search", space, *IMAGES, *SEARCH, *stage, *check, f"--out={run}", "--resume"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    result = result_of(run)
+    for row in [*result["top"], *result["retrained"]]:
+        assert row["arch"] in shown.out
+    assert "Retrained from scratch" in shown.out
+    assert f"report: {run}/report.html" in shown.out
+
+
+def test_a_search_goes_from_a_given_supernet_and_says_when_it_needs_no_rich(
+    supernet, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    argv = ["search", f"--supernet={supernet}", *IMAGES, *SEARCH, f"--out={tmp_path / 'run'}"]
+    assert main([*argv, "--no-report"]) == 0
+    shown = capsys.readouterr().out
+    assert result_of(tmp_path / "run")["best"]["arch"] in shown
+    assert "\u2500" not in shown
+    assert not (tmp_path / "run" / "report.html").exists()
+    versions = {row["weights_version"] for row in result_of(tmp_path / "run")["top"]}
+    assert versions == {3 + 2}  # three pre-training steps, two generations of one shift step
+
+
+def test_without_matplotlib_a_search_ends_well_and_says_how_to_install_it(
+    supernet, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = ["search", f"--supernet={supernet}", *IMAGES, *SEARCH, f"--out={tmp_path / 'run'}"]
+    assert main(argv) == 0
+    assert "pip install 'fastshift[report]'" in capsys.readouterr().out
+
+
+def test_a_transfer_has_a_head_for_the_new_classes(supernet, tmp_path):
+    out = tmp_path / "run"
+    argv = ["transfer", f"--supernet={supernet}", *IMAGES, *SEARCH, f"--out={out}", "--no-report"]
+    assert main([*argv, "--classes=7,3", "--head-warmup-steps=2"]) == 0
+    moved, meta = fs.load_supernet(out)
+    assert moved.space.num_classes == 2
+    assert meta["version"] == 3 + 2 + 2
+    assert result_of(out)["budget"]["updates"] == 4
+    assert result_of(out)["space"]["num_classes"] == 2
+
+
+def test_options_can_stand_in_a_file_and_a_saved_file_repeats_the_run(run, tmp_path):
+    out = tmp_path / "again"
+    argv = ["search", f"--config={run / 'config.yaml'}", f"--out={out}", "--quiet", "--no-report"]
+    assert main([*argv, "--retrain-check=0"]) == 0
+    assert result_of(out)["top"] == result_of(run)["top"]
+    weights = [(path / "supernet.safetensors").read_bytes() for path in (out, run)]
+    assert weights[0] == weights[1]
+
+
+def test_progress_goes_to_standard_error_and_quiet_silences_it(space, tmp_path, capsys):
+    images = [word for word in IMAGES if word != "--quiet"]
+    argv = ["pretrain", space, *images, f"--out={tmp_path / 'a'}", "--steps=1", "--batch-size=8"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("pretrain 1/1")
+    assert shown.out.startswith(f"{tmp_path / 'a'}/supernet.safetensors: 1 steps")
+
+
+# Interruption
+
+
+def test_ctrl_c_saves_the_state_and_leaves_with_three(space, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (out / "checkpoint" / "LATEST").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    stage = ["--steps=1000000", "--batch-size=8", "--checkpoint-seconds=0.05"]
+    assert main(["pretrain", space, *IMAGES, *stage, f"--out={out}"]) == 3
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("fastshift: interrupted; --resume with the same options goes on")
+    assert signal.getsignal(signal.SIGINT) == before
+    state = checkpoint.load(out).state
+    assert 0 < state["step"] < 1000000
+    assert not (out / "supernet.safetensors").exists()
+
+
+def test_a_second_signal_ends_the_program_at_once(monkeypatch, capfd):
+    sent = []
+    with _stop_flag() as flag:
+        signal.raise_signal(signal.SIGTERM)
+        assert flag.is_set()
+        assert "once more stops at once" in capfd.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", lambda process, number: sent.append((process, number)))
+            signal.raise_signal(signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGINT)]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+# Scoring, ranking, retraining, export
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_evaluate_writes_the_scores_that_the_evaluator_gives(supernet, capsys, tmp_path):
+    (tmp_path / "archs").write_text("0120  # the first\n\n2222\n0000\n")
+    argv = ["evaluate", f"--supernet={supernet}", *IMAGES, f"--archs={tmp_path / 'archs'}"]
+    assert main(argv) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert [row["arch"] for row in rows] == ["0120", "2222", "0000"]
+    net, _ = fs.load_supernet(supernet)
+    options = {"limit": 100, "validation_size": 50, "calibration_batches": 1}
+    data = fs.data.load("digits", calibration_batch_size=25, **options)
+    net.to(memory_format=torch.channels_last)
+    archs = ["0120", "2222", "0000"]
+    errors = fs.Evaluator(net, data.validation, calibration=data.calibration)(archs)
+    assert [np.float32(row["error"]) for row in rows] == errors.tolist()
+    assert {row["weights_version"] for row in rows} == {"3"}
+    assert [int(row["flops"]) for row in rows] == net.space.flops(archs).tolist()
+    assert main([*argv, "--strategy=sequential", f"--out={tmp_path / 'scores.csv'}"]) == 0
+    again = rows_of((tmp_path / "scores.csv").read_text())
+    np.testing.assert_allclose(
+        [float(row["loss"]) for row in again], [float(row["loss"]) for row in rows], rtol=1e-4
+    )
+
+
+def test_random_architectures_are_distinct_feasible_and_seeded(supernet, capsys):
+    argv = ["evaluate", f"--supernet={supernet}", *IMAGES, "--batch-norm=running", "--flops=50%"]
+    shown = []
+    for more in ("--archs=random:6", "--archs=random:6", "--seed=1"):
+        assert main([*argv, "--archs=random:6", more]) == 0
+        shown.append([row["arch"] for row in rows_of(capsys.readouterr().out)])
+    assert shown[0] == shown[1] != shown[2]
+    assert len(set(shown[0])) == 6
+    space = fs.load_supernet(supernet)[0].space
+    assert (space.flops(shown[0]) <= 0.5 * space.largest("flops")).all()
+
+
+def test_evaluate_reads_standard_input_and_its_own_output(supernet, capsys, monkeypatch):
+    argv = ["evaluate", f"--supernet={supernet}", *IMAGES]
+    assert main([*argv, "--archs=random:3"]) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(first))
+    assert main([*argv, "--archs=-"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_rank_prints_the_order_preservation_and_writes_it(tmp_path, capsys):
+    archs = [f"{i:02b}" for i in range(4)]
+    (tmp_path / "scores.csv").write_text(
+        "arch,error\n" + "".join(f"{a},{0.1 * i}\n" for i, a in enumerate(archs))
+    )
+    (tmp_path / "truth.csv").write_text(
+        "arch,a,b\n" + "".join(f"{a},{90 - i},{90 - i}\n" for i, a in enumerate(archs))
+    )
+    argv = ["rank", str(tmp_path / "scores.csv"), f"--truth={tmp_path / 'truth.csv'}", "--top-k=3"]
+    assert main([*argv, "--independent-run", f"--out={tmp_path / 'rank.json'}"]) == 0
+    assert "tau, best 3 by run 0  1.000" in capsys.readouterr().out
+    found = json.loads((tmp_path / "rank.json").read_text())
+    assert (found["tau_global"], found["independent_run"], found["regret"]) == (1.0, 0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def retrained(run, folder):
+    out = folder / "retrained"
+    argv = ["retrain", f"--supernet={run}", "--arch=best", *IMAGES, "--epochs=1", f"--out={out}"]
+    assert main(argv) == 0
+    return out
+
+
+def test_retrain_trains_the_winner_and_shows_it_again(run, retrained, capsys):
+    content = json.loads((retrained / "retrained.json").read_text())
+    assert content["arch"] == result_of(run)["best"]["arch"]
+    assert content["test_error"] == pytest.approx(1 - content["test_accuracy"])
+    argv = ["retrain", f"--supernet={run}", "--arch=best", *IMAGES, "--epochs=1"]
+    assert main([*argv, f"--out={retrained}", "--resume"]) == 0
+    assert capsys.readouterr().out.startswith(f"{content['arch']}: test error")
+
+
+def test_an_exported_network_is_the_one_that_was_scored(run, tmp_path, capsys):
+    argv = ["export", f"--supernet={run}", "--arch=best", *IMAGES, "--format=safetensors"]
+    assert main([*argv, f"--out={tmp_path}"]) == 0
+    best = result_of(run)["best"]
+    facts = read_metadata(tmp_path / f"{best['arch']}.safetensors")
+    assert (facts["arch"], facts["weights"]) == (best["arch"], "inherited")
+    net, _ = fs.load_supernet(run)
+    subnet = net.subnet(best["arch"])
+    load_into(subnet, tmp_path / f"{best['arch']}.safetensors")
+    options = {"limit": 100, "validation_size": 50, "calibration_batches": 1}
+    data = fs.data.load("digits", calibration_batch_size=25, **options)
+    wrong = sum(int((subnet(x).argmax(1) != y).sum()) for x, y in data.validation)
+    assert wrong / 50 == pytest.approx(best["error"], abs=1e-6)
+    assert facts["mean"] == list(data.mean)
+
+
+def test_an_exported_retrained_network_needs_no_data_and_no_fastshift(retrained, tmp_path):
+    argv = ["export", f"--supernet={retrained}", "--quiet", f"--out={tmp_path / 'net.pt2'}"]
+    assert main(argv) == 0
+    program = torch.export.load(tmp_path / "net.pt2")
+    assert program.module()(torch.zeros(5, 1, 8, 8)).shape == (5, 10)
+
+
+def test_report_writes_the_page_of_a_run(run, capsys):
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    assert (run / "report.html").exists()
+
+
+# Spaces and the machine
+
+
+def test_spaces_are_listed_with_size_and_costs(capsys):
+    assert main(["spaces"]) == 0
+    shown = capsys.readouterr().out
+    assert "shufflenet_v2: 20 choice blocks, 1,099,511,627,776 architectures" in shown
+    assert "nasbench_macro: 8 choice blocks, 6,561 architectures" in shown
+    assert main(["spaces", "digits", "--num-classes=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "5 classes" in shown
+    assert "  block 6\n    0: identity, 0 FLOPs, 0 parameters" in shown
+
+
+def test_info_says_which_implementation_runs_and_why_others_do_not(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert f"torch        {torch.__version__}" in shown
+    assert torch.backends.cpu.get_cpu_capability() in shown
+    assert "  reference  runs\n" in shown
+    assert "  cpu        does not run: " in shown
+    assert "  triton     does not run: " in shown
+
+
+def test_help_names_every_verb_and_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for verb in VERBS:
+        assert verb in shown
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    shown = capsys.readouterr().out
+    for section in VERBS["search"]:
+        for option in section.options():
+            assert option.flag in shown
+
+
+def test_the_layout_follows_the_frames_of_the_space():
+    def space(*ops):
+        stem, head = [Unit("dense", 1, 4, kernel=3)], Head(4, (), 2)
+        shape = {"in_channels": 1, "image_size": 8}
+        return fs.SearchSpace("s", stem=stem, blocks=[ops], head=head, **shape)
+
+    shuffle, plain = shuffle_unit(4, 4, 1, 3), conv(4, 4, 3, 1)
+    config = resolve("search", {}, {})
+    assert build.memory_format(config, space(shuffle, plain)) is torch.channels_last
+    mostly = space(shuffle, shuffle, identity(4))
+    assert build.memory_format(config, mostly) is torch.contiguous_format
+    config = resolve("search", {"layout": "channels_last"}, {})
+    assert build.memory_format(config, mostly) is torch.channels_last
+
+
+# The library's face
+
+
+def test_public_names_are_sorted_present_and_pinned():
+    assert fs.__all__ == sorted(fs.__all__)
+    for name in fs.__all__:
+        assert hasattr(fs, name)
+    assert {"pretrain", "search", "transfer", "retrain", "export", "data", "spaces"} <= set(
+        fs.__all__
+    )
+
+
+def test_the_program_starts_without_what_it_may_not_need():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['fastshift', '--version']\n"
+        "try:\n"
+        "    runpy.run_module('fastshift', run_name='__main__')\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code\n"
+        "heavy = 'matplotlib sklearn scipy rich tensorboard onnx torchvision PIL nvidia triton'\n"
+        "loaded = {m.partition('.')[0] for m in sys.modules} & set(heavy.split())\n"
+        "assert not loaded, loaded\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"fastshift {fs.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["export", "pretrain", "retrain", "search"])
+def test_a_function_stays_one_though_a_module_has_its_name(name):
+    importlib.import_module(f"fastshift.{name}")
+    assert inspect.isfunction(getattr(fs, name))
