@@ -75,7 +75,8 @@ class ChainSupernet(nn.Module):
         name: of the search space this makes.
 
     Raises:
-        SpaceError: a block is empty, or a candidate cannot follow every candidate before it.
+        SpaceError: a block is empty, a candidate cannot follow every candidate before it, or a
+            module with weights or statistics stands in two places.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class ChainSupernet(nn.Module):
         self.stem = stem
         self.blocks = nn.ModuleList(nn.ModuleList(block) for block in blocks)
         self.head = head
+        _refuse_shared_weights(self)
         self.space = space or _measured_space(self, name, input_shape)
         self.identities = self.space.identities
         self.version = 0
@@ -277,6 +279,25 @@ class Supernet(ChainSupernet):
             HeadModule(space.head, space.affine),
             space=space,
         )
+
+
+def _refuse_shared_weights(net: ChainSupernet) -> None:
+    """Refuse a module with tensors in two parts: its statistics would be those of neither."""
+    parts = [("stem", net.stem), ("head", net.head)]
+    for level, block in enumerate(net.blocks):
+        parts += [(f"blocks.{level}.{choice}", op) for choice, op in enumerate(block)]
+    places: dict[nn.Module, str] = {}
+    for part, owner in parts:
+        for name, module in owner.named_modules():
+            if not module._parameters and not module._buffers:
+                continue
+            place = f"{part}.{name}".rstrip(".")
+            if module in places:
+                raise SpaceError(
+                    f"{place}: the {type(module).__name__} that stands at {places[module]}; "
+                    "candidate ops share nothing, so each place needs a module of its own"
+                )
+            places[module] = place
 
 
 def _with_classifier(space: SearchSpace, old: nn.Linear, fresh: nn.Linear) -> SearchSpace:
