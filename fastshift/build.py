@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from fastshift import data as data_module
 from fastshift import spaces
@@ -24,6 +26,7 @@ __all__ = [
     "BACKENDS",
     "begin_run",
     "check_backend",
+    "check_ema",
     "device_of",
     "fresh_supernet",
     "load_data",
@@ -62,6 +65,14 @@ def check_backend() -> None:
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
     if name and BACKENDS[name] is not None:
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
+
+
+def check_ema(policy: str, supernet: Supernet, *, moves: bool = False) -> None:
+    """Refuse `ema` statistics where no shift step made any, and none will."""
+    if policy == "ema" and not supernet.ema and not moves:
+        raise ConfigError(
+            "batch_norm: 'ema'; expected another, since no shift step ever moved this supernet"
+        )
 
 
 def device_of(config: Config) -> torch.device:
@@ -203,8 +214,17 @@ def open_run(config: Config) -> bool:
 
 
 def begin_run(config: Config, goes_on: bool) -> None:
-    """Make a new run's directory, with its configuration in it."""
+    """Make a new run's directory with its configuration, or say what changed since an old one."""
+    out, here = Path(config["out"]), versions(device_of(config))
     if not goes_on:
-        out = Path(config["out"])
         out.mkdir(parents=True, exist_ok=True)
-        config.save(out, versions(device_of(config)))
+        config.save(out, here)
+        return
+    saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")).get("versions") or {}
+    for name, value in here.items():
+        if saved.get(name) != value:
+            print(
+                f"fastshift: {out} began with {name} {saved.get(name)}, here is {value}: "
+                "the run goes on, but not bit for bit",
+                file=sys.stderr,
+            )

@@ -15,6 +15,7 @@ from fastshift import checkpoint, report
 from fastshift.build import (
     begin_run,
     check_backend,
+    check_ema,
     device_of,
     fresh_supernet,
     load_data,
@@ -51,6 +52,14 @@ def _interrupted(config: Config) -> int:
         file=sys.stderr,
     )
     return INTERRUPTED
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -114,6 +123,7 @@ def _search(config: Config, stop: Stop) -> int:
     with of_the_user():
         # Before any work and any trace: every option is tried on a supernet to throw away.
         Search(fresh_supernet(supernet.space, 0), data, options, **common)
+    check_ema(options.scoring or options.batch_norm, supernet, moves=options.moves)
     place(config, supernet)
     begin_run(config, goes_on)
     if pretraining is not None:
@@ -138,7 +148,7 @@ def _search(config: Config, stop: Stop) -> int:
         if rows is None:
             return _interrupted(config)
         path = Path(config["out"]) / "result.json"
-        _write_json(path, json.loads(path.read_text()) | {"retrained": rows})
+        _write_json(path, _read_json(path) | {"retrained": rows})
     return _show(config)
 
 
@@ -146,8 +156,8 @@ def _is_finished(config: Config) -> bool:
     path = Path(config["out"]) / "result.json"
     if not path.exists():
         return False
-    content = json.loads(path.read_text())
-    return not config["retrain_check"] or "retrained" in content or not content["best"]
+    content = _read_json(path)
+    return not config["retrain_check"] or "retrained" in content or not content.get("best")
 
 
 def _retrain_check(
@@ -241,10 +251,10 @@ def chosen_arch(config: Config, space: SearchSpace) -> np.ndarray:
         path = Path(config["supernet"])
         path = (path if path.is_dir() else path.parent) / "result.json"
         try:
-            text = json.loads(path.read_text())["best"]["arch"]
-        except OSError as error:
-            raise ConfigError(f"arch: 'best'; {path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+            text = _read_json(path)["best"]["arch"]
+        except ConfigError as error:
+            raise ConfigError(f"arch: 'best'; {error}") from error
+        except (KeyError, TypeError) as error:
             raise ConfigError(f"arch: 'best'; {path} names no best architecture") from error
     return space.parse(text)
 
@@ -257,7 +267,7 @@ def _retrain(config: Config, stop: Stop) -> int:
     goes_on = open_run(config)
     path = Path(config["out"]) / "retrained.json"
     if goes_on and path.exists():
-        return _show_retrained(json.loads(path.read_text()))
+        return _show_retrained(_read_json(path))
     data = load_data(config)
     if config["supernet"] is None:
         space = load_space(config, data)

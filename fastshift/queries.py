@@ -19,6 +19,7 @@ from fastshift import report, spaces
 from fastshift.build import (
     BACKENDS,
     check_backend,
+    check_ema,
     load_data,
     load_weights,
     of_the_user,
@@ -69,8 +70,7 @@ def _evaluate(config: Config) -> int:
             subtrie_size=options.subtrie_size,
             precision=config["precision"],
         )
-        if options.batch_norm == "ema" and not supernet.ema:
-            raise ConfigError("batch_norm: 'ema'; this supernet has none, since no shift moved it")
+        check_ema(options.batch_norm, supernet)
     scores = _scored(evaluator, archs, quiet=config["quiet"])
     text = io.StringIO()
     write_scores(text, scores)
@@ -209,8 +209,7 @@ def _export(config: Config) -> int:
         arch = chosen_arch(config, space)
         data = load_data(config)
         supernet = load_weights(config, data)
-        if options.batch_norm == "ema" and not supernet.ema:
-            raise ConfigError("batch_norm: 'ema'; this supernet has none, since no shift moved it")
+        check_ema(options.batch_norm, supernet)
         net = supernet.subnet(
             arch,
             calibration=data.calibration if options.batch_norm == "recalibrate" else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,7 @@ def test_an_incomplete_or_unknown_command_is_refused(refused, argv, says):
         ("--pretrain-momentum=2", "pretrain_momentum: 2.0; expected at most 1"),
         ("--shift=sideways", "shift: 'sideways'; expected one of accumulate"),
         ("--shift=every:0", "shift: 'every:0'"),
+        ("--batch-norm=ema --shift=none", "batch_norm: 'ema'; expected another"),
         ("--batch-norm=layer", "batch_norm: 'layer'; expected one of recalibrate"),
         ("--strategy=psychic", "strategy: 'psychic'"),
         ("--score-by=vibes", "score_by"),
@@ -151,7 +153,7 @@ def test_an_incomplete_or_unknown_command_is_refused(refused, argv, says):
 def test_an_option_out_of_range_is_refused_by_name_before_anything_is_written(
     refused, space, tmp_path, option, says
 ):
-    refused(*search(space, tmp_path / "run", option), says=says)
+    refused(*search(space, tmp_path / "run", *option.split()), says=says)
     assert not (tmp_path / "run").exists()
 
 
@@ -415,8 +417,6 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_checkpoint_of_a_run_is_refused_naming_the_file(
     refused, run, space, tmp_path, name, how
 ):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (out / "result.json").unlink()  # as if the run had not ended
@@ -426,9 +426,17 @@ def test_a_damaged_checkpoint_of_a_run_is_refused_naming_the_file(
     refused(*search(space, out, "--checkpoint-seconds=0", "--resume"), says=name)
 
 
-def test_a_score_log_shorter_than_recorded_is_refused(refused, run, space, tmp_path):
-    import shutil
+def test_a_damaged_result_is_refused(refused, run, space, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "result.json").write_text("{")
+    refused(*search(space, out, "--resume"), says="result.json cannot be read")
+    refused("report", out, says="result.json")
+    argv = ["export", f"--supernet={out}", "--arch=best", *IMAGES, f"--out={tmp_path}"]
+    refused(*argv, says="result.json")
 
+
+def test_a_score_log_shorter_than_recorded_is_refused(refused, run, space, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (out / "result.json").unlink()

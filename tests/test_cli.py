@@ -179,6 +179,19 @@ def test_progress_goes_to_standard_error_and_quiet_silences_it(space, tmp_path, 
     assert shown.out.startswith(f"{tmp_path / 'a'}/supernet.safetensors: 1 steps")
 
 
+def test_a_run_that_goes_on_elsewhere_says_what_is_different(space, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["pretrain", space, *IMAGES, f"--out={out}", "--steps=1", "--batch-size=8"]
+    assert main(argv) == 0
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace("threads: 1", "threads: 64"))
+    capsys.readouterr()
+    assert main([*argv, "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "began with threads 64, here is 1" in said
+
+
 # Interruption
 
 
