@@ -83,7 +83,7 @@ $(VENV)/.made-torch: $(VENV)/.made pyproject.toml
 	    { echo "make: Python.h not found; install Python's headers (Debian: python3-dev)" >&2; exit 1; }
 	@command -v "$${CXX:-g++}" >/dev/null || \
 	    { echo "make: no C++ compiler $${CXX:-g++}; install g++, or name one with CXX=..." >&2; exit 1; }
-	@echo "installing $(TORCH); the first time takes some minutes"
+	@echo 'installing $(TORCH): the first time takes some minutes'
 	$(PIP) install -q $(BUILD_TOOLS) $(TORCH)
 	@touch $@
 
