@@ -84,7 +84,7 @@ $(VENV)/.made-torch: $(VENV)/.made pyproject.toml
 	@command -v "$${CXX:-g++}" >/dev/null || \
 	    { echo "make: no C++ compiler $${CXX:-g++}; install g++, or name one with CXX=..." >&2; exit 1; }
 	@echo 'installing $(TORCH): the first time takes some minutes'
-	$(PIP) install -q $(BUILD_TOOLS) $(TORCH)
+	$(PIP) install $(BUILD_TOOLS) $(TORCH)
 	@touch $@
 
 # Nothing is built in isolation, where pip would install a torch of its own choice.
