@@ -309,8 +309,11 @@ def toy_supernet(best: Sequence[int], num_classes: int = 4, seed: int = 0) -> Ch
         block.insert(choice, Mask(8, 64, generator))
         blocks.append(block)
     head = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-    head[1].weight.data.zero_()
-    return ChainSupernet(nn.Conv2d(1, 1, 1), blocks, head, input_shape=(1, 8, 8), name="toy")
+    stem = nn.Conv2d(1, 1, 1, bias=False)
+    for layer, value in ((head[1], 0.0), (stem, 1.0)):
+        for parameter in layer.parameters():
+            nn.init.constant_(parameter, value)
+    return ChainSupernet(stem, blocks, head, input_shape=(1, 8, 8), name="toy")
 
 
 @torch.no_grad()

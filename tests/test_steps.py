@@ -225,7 +225,7 @@ def test_no_gradient_comes_back_through_an_op_that_lets_nothing_through(batch):
 
 def test_identities_all_the_way_from_the_stem_to_the_head_train(batch):
     net, (images, labels) = _double(
-        chain_supernet(blocks=[[nn.Identity(), Residual(6)]] * 3), batch
+        chain_supernet(blocks=[[nn.Identity(), Residual(6)] for _ in range(3)]), batch
     )
     archs = np.array([(0, 0, 0), (0, 0, 1), (0, 1, 0)], np.uint8)
     plain, _ = path_gradients(net, archs, images, labels)
