@@ -12,8 +12,9 @@ from fastshift.ops import Frame, Head, Op, Unit
 from fastshift.population import Evolution, FeasibleSampler, Scored
 from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
 from fastshift.report import write_report
+from fastshift.result import SearchResult
 from fastshift.retrain import Retrained, RetrainOptions, retrain
-from fastshift.search import Search, SearchOptions, SearchResult, search, transfer
+from fastshift.search import Search, SearchOptions, search, transfer
 from fastshift.space import Constraint, SearchSpace, parse_constraints
 from fastshift.supernet import ChainSupernet, Supernet, recalibrate
 from fastshift.weights import load_supernet, save_supernet

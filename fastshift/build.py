@@ -93,13 +93,9 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
-def memory_format(config: Config, space: SearchSpace) -> torch.memory_format:
-    """The weights' memory format, `auto` resolved by the space's frames."""
-    layout = config["layout"]
-    if layout == "auto":
-        frames = [op.frame.kind for block in space.blocks for op in block]
-        layout = "nchw" if 2 * frames.count("shuffle") > len(frames) else "channels_last"
-    return torch.channels_last if layout == "channels_last" else torch.contiguous_format
+def memory_format(config: Config) -> torch.memory_format:
+    """The weights' memory format that `--layout` names."""
+    return torch.contiguous_format if config["layout"] == "nchw" else torch.channels_last
 
 
 def load_data(config: Config) -> Any:
@@ -154,8 +150,9 @@ def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> Supe
         SpaceError: it is of another space, or does not fit the data.
     """
     path = config["supernet"]
-    supernet, _ = load_supernet(path, image_size=data.image_size if fresh_head else None)
+    supernet, meta = load_supernet(path, image_size=data.image_size if fresh_head else None)
     space = supernet.space
+    _check_split(path, meta.get("data") or {}, data.describe())
     for name in ("in_channels", "image_size", "num_classes"):
         own, given = getattr(space, name), getattr(data, name)
         if own == given or (fresh_head and name == "num_classes"):
@@ -176,11 +173,21 @@ def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> Supe
     return supernet
 
 
+def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse data of which the supernet may have been trained on what is held out here."""
+    if trained_on.get("digest") != given["digest"]:
+        return
+    for name in ("split_seed", "train_images", "validation_images"):
+        if trained_on.get(name) != given[name]:
+            raise ConfigError(
+                f"supernet {path!r}: trained on the same images, split with {name} "
+                f"{trained_on.get(name)}; expected that here, got {given[name]}"
+            )
+
+
 def place(config: Config, supernet: Supernet) -> Supernet:
     """Move a supernet to its device and memory format."""
-    return supernet.to(
-        device=device_of(config), memory_format=memory_format(config, supernet.space)
-    )
+    return supernet.to(device=device_of(config), memory_format=memory_format(config))
 
 
 # What a run leaves in its directory from the start on.

@@ -77,7 +77,7 @@ def _pretrain(config: Config, stop: Stop) -> int:
     result = _train(config, supernet, data, options, stop)
     if result.stopped:
         return _interrupted(config)
-    path = save_supernet(supernet, config["out"])
+    path = save_supernet(supernet, config["out"], {"data": data.describe()})
     print(f"{path}: {result.steps} steps, training loss {result.loss:.4f}")
     return DONE
 
@@ -123,7 +123,7 @@ def _search(config: Config, stop: Stop) -> int:
     with of_the_user():
         # Before any work and any trace: every option is tried on a supernet to throw away.
         Search(fresh_supernet(supernet.space, 0), data, options, **common)
-    check_ema(options.scoring or options.batch_norm, supernet, moves=options.moves)
+    check_ema(options.batch_norm or options.default_batch_norm, supernet, moves=options.moves)
     place(config, supernet)
     begin_run(config, goes_on)
     if pretraining is not None:
@@ -172,7 +172,7 @@ def _retrain_check(
         mutation=0,
         crossover=0,
         constraints=search.options.constraints,
-        seed=config["seed"],
+        seed=config["seed"] ^ 1 << 41,  # of its own: else it would draw the search's generation 0
     ).ask()
     others = [row for row in drawn if (row != winner).any()][:count]
     archs = np.array([winner, *others], np.uint8)
@@ -189,6 +189,7 @@ def _retrain_check(
                 "arch": text,
                 "kind": "random" if index else "winner",
                 "error_supernet": float(error),
+                "weights_version": search.supernet.version,
                 "test_accuracy": 1.0 - trained.test_error,
                 "epochs": options.epochs,
             }
@@ -213,7 +214,7 @@ def _train_alone(
         seed=config["seed"],
         device=device_of(config),
         precision=config["precision"],
-        memory_format=memory_format(config, space),
+        memory_format=memory_format(config),
         stop=stop,
         quiet=config["quiet"],
         **run,

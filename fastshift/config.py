@@ -47,9 +47,7 @@ _SUPERNET = Section(SupernetOptions, "weights")
 _DATA = Section(DataOptions, "data")
 _IMAGES = Section(data.Options, "images", hidden=("batch_size", "seed"))
 _CONSTRAINTS = Section(ConstraintOptions, "constraints")
-_SEARCH = Section(
-    SearchOptions, "search", renamed={"scoring": "batch_norm"}, hidden=("constraints",)
-)
+_SEARCH = Section(SearchOptions, "search", hidden=("constraints",))
 _END = (
     Section(EndOptions, "at the end"),
     Section(RetrainOptions, "retraining at the end", prefix="retrain_", changed={"epochs": 20}),
@@ -83,6 +81,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
     "evaluate": (
         _OUTPUT,
         _SUPERNET,
+        _SPACE,
         _DATA,
         Section(EvaluateOptions, "scoring"),
         _CONSTRAINTS,
@@ -103,6 +102,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
     "export": (
         _OUTPUT,
         _SUPERNET,
+        _SPACE,
         Section(ArchOptions, "architecture"),
         _DATA,
         Section(ExportOptions, "export"),
@@ -121,12 +121,10 @@ class Config:
     Attributes:
         verb: whose.
         values: every option, by name.
-        given: names that file or command line gave.
     """
 
     verb: str
     values: dict[str, Any]
-    given: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -265,4 +263,4 @@ def resolve(verb: str, given: Mapping[str, Any], file: Mapping[str, Any]) -> Con
                 if option.name in source:
                     value = option.read(source[option.name])
             values[option.name] = value
-    return Config(verb, values, frozenset(given) | frozenset(file))
+    return Config(verb, values)

@@ -78,4 +78,4 @@ class PathSGD(torch.optim.SGD):
         self.state.clear()
         for p, name in self.names.items():
             if name in momenta:
-                self.state[p]["momentum_buffer"] = momenta[name].to(p.device, p.dtype).clone()
+                self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momenta[name])

@@ -132,7 +132,6 @@ class Section:
         kind: the dataclass.
         title: in the help.
         prefix: before each name.
-        renamed: field -> name, where they differ.
         hidden: fields that are no options.
         changed: field -> default, where a verb's differs.
     """
@@ -140,7 +139,6 @@ class Section:
     kind: type
     title: str
     prefix: str = ""
-    renamed: Mapping[str, str] = field(default_factory=dict)
     hidden: tuple[str, ...] = ()
     changed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,11 +151,11 @@ class Section:
                 continue
             default = item.default if item.default is not MISSING else item.default_factory()
             yield Option(
-                self.prefix + self.renamed.get(item.name, item.name),
+                self.prefix + item.name,
                 item.name,
                 hints[item.name],
                 self.changed.get(item.name, default),
-                texts.get(item.name) or texts.get(self.renamed.get(item.name, ""), ""),
+                texts.get(item.name, ""),
                 item.metadata,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastshift import checkpoint
 from fastshift.batch_norm import BatchNorms, MovingAverages
-from fastshift.errors import ConfigError, NonFiniteLossError
+from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError
 from fastshift.evaluator import precision_scope
 from fastshift.optim import PathSGD
 from fastshift.progress import Progress, Scalars
@@ -56,7 +57,7 @@ class PretrainOptions:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: images a step.
+        batch_size: images a step; None takes the data's own, `train.batch_size`.
         sampler: `uniform` draws each path's choices uniformly (SPOS, section 3.2); `fair` trains
             every choice of every block once a step, on as many paths as a block has choices
             (FairNAS, strict fairness).
@@ -70,7 +71,7 @@ class PretrainOptions:
     """
 
     steps: int = 2000
-    batch_size: int = 128
+    batch_size: int | None = None
     sampler: str = "uniform"
     paths_per_step: int = 1
     lr: float | None = None
@@ -90,8 +91,9 @@ class PretrainOptions:
                 f"schedule: {self.schedule!r}; expected one of {', '.join(SCHEDULES)}"
             )
         for name in ("steps", "batch_size", "paths_per_step"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value}; expected at least 1")
         if self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps: {self.warmup_steps}; expected at least 0")
         if self.nesterov and self.momentum == 0:
@@ -100,8 +102,8 @@ class PretrainOptions:
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate, the default resolved."""
-        return 0.5 * self.batch_size / 1024 if self.lr is None else self.lr
+        """The peak learning rate, the default resolved (for 128 images where no batch size is)."""
+        return 0.5 * (self.batch_size or 128) / 1024 if self.lr is None else self.lr
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -221,7 +223,7 @@ class PathTrainer:
     def update(
         self, plan: Plan, images: Tensor, labels: Tensor, *, position: int, lr: float | None = None
     ) -> float:
-        """Make one update, or skip it where a loss is not finite.
+        """Make one update, or skip it where a loss or the gradient is not finite.
 
         Args:
             plan: of the paths.
@@ -248,6 +250,8 @@ class PathTrainer:
         if not supernet.training:
             supernet.train()
         averages = MovingAverages(self.norms)
+        shares = plan.num_leaves > 1
+        before = _random_state(reference.device) if shares else None
         with precision_scope(self.precision, reference.device):
             losses = train_step(
                 supernet,
@@ -261,12 +265,14 @@ class PathTrainer:
                 scale=1.0 if self.reduction == "sum" else 1.0 / plan.num_rows,
                 moving=any(p.requires_grad for p in self._trunk),
             )
+        if shares and not torch.equal(before, _random_state(reference.device)):
+            raise SpaceError(
+                "the stem or a candidate op draws random numbers, which several candidates would "
+                "share; move what draws them into the head, or train one path at a time"
+            )
         counts = torch.as_tensor(plan.counts, dtype=torch.float64, device=losses.device)
         loss = float((losses * counts).sum()) / plan.num_rows
-        if math.isfinite(loss):
-            if self.clip_norm is not None:
-                moved = [p for p in supernet.parameters() if p.grad is not None]
-                torch.nn.utils.clip_grad_norm_(moved, self.clip_norm)
+        if math.isfinite(loss) and self._clip():
             self.optimizer.step()
             averages.apply(supernet.ema if self.ema else None)
             supernet.version += 1
@@ -280,10 +286,19 @@ class PathTrainer:
         self.images += len(labels)
         if self.skipped_in_row >= MAX_SKIPPED:
             raise NonFiniteLossError(
-                f"loss: not finite in {self.skipped_in_row} updates in a row (step {position}); "
-                "lower the learning rate or clip the gradient"
+                f"loss or gradient: not finite in {self.skipped_in_row} updates in a row "
+                f"(step {position}); lower the learning rate or clip the gradient"
             )
         return loss
+
+    def _clip(self) -> bool:
+        """Clip the gradient where asked to, and say whether it is finite."""
+        moved = [p for p in self.supernet.parameters() if p.grad is not None]
+        gradients = [p.grad for p in moved]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(moved, self.clip_norm, norm)
+        return bool(norm.isfinite()) if gradients else True
 
     def counters(self) -> dict[str, int]:
         """Counts, for a checkpoint."""
@@ -340,6 +355,8 @@ def pretrain(
     if steps is not None:
         overrides["steps"] = steps
     options = _with_overrides(options or PretrainOptions(), overrides)
+    if options.batch_size is None:
+        options = replace(options, batch_size=getattr(data.train, "batch_size", 128))
     trainer = PathTrainer(
         supernet,
         lr=options.peak_lr,
@@ -356,8 +373,8 @@ def pretrain(
     supernet.ema.clear()
     step, recent = 0, []
     identity = {"stage": what, "seed": seed, "space": supernet.space.fingerprint()}
-    identity |= {"data": getattr(data, "describe", dict)().get("digest")}
-    identity |= {"options": asdict(options)}
+    described = json.loads(json.dumps(getattr(data, "describe", dict)()))
+    identity |= {"data": described, "precision": precision, "options": asdict(options)}
 
     def save() -> None:
         if out is not None:
@@ -401,8 +418,10 @@ def pretrain(
                 save()
                 raise
             step += 1
-            recent = [*recent, loss][-100:]
-            progress.advance(1, loss=sum(recent) / len(recent), images=len(labels))
+            if math.isfinite(loss):
+                recent = [*recent, loss][-100:]
+            shown = sum(recent) / len(recent) if recent else None
+            progress.advance(1, loss=shown, images=len(labels))
             if step % 20 == 0:
                 scalars.write(step, {f"{what}/loss": loss, f"{what}/lr": lr})
             if time.perf_counter() - saved > checkpoint_seconds:
@@ -411,6 +430,10 @@ def pretrain(
     save()
     loss = sum(recent) / len(recent) if recent else math.nan
     return PretrainResult(step, loss, time.perf_counter() - begin, trainer.skipped, stopped)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _with_overrides(options: Any, overrides: dict[str, Any]) -> Any:

@@ -97,9 +97,9 @@ def _archs(spec: str, space: SearchSpace, constraints: dict[str, Any], seed: int
     if kind == "random":
         if not count.isdecimal() or int(count) < 1:
             raise ConfigError(f"archs: {spec!r}; expected random:N with N of at least 1")
-        drawn = Evolution(
-            space, int(count), 1, mutation=0, crossover=0, constraints=constraints, seed=seed
-        )
+        # A stream of its own: a search of this seed shifts on its own first draws.
+        options = {"constraints": constraints, "seed": seed ^ 1 << 42}
+        drawn = Evolution(space, int(count), 1, mutation=0, crossover=0, **options)
         archs = drawn.ask()
         if len(archs) < int(count):
             raise ConfigError(f"archs: {spec!r}; {drawn.last_ask['reason']}")

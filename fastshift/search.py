@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -11,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from fastshift import checkpoint
 from fastshift.durable import ScoreLog, replace_file, truncate_log
 from fastshift.errors import CheckpointError, ConfigError, NonFiniteLossError
 from fastshift.evaluator import Evaluator, Scores
-from fastshift.population import Evolution, Scored, pareto_front
+from fastshift.population import Evolution
 from fastshift.pretrain import _difference, _with_overrides
 from fastshift.progress import Progress, Scalars
+from fastshift.result import History, SearchResult
 from fastshift.shift import HeadWarmup, Shifter, ShiftOptions
 from fastshift.supernet import ChainSupernet
+from fastshift.versions import versions
 from fastshift.weights import save_supernet
 
 __all__ = ["Search", "SearchOptions", "SearchResult", "search", "transfer"]
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class SearchOptions(ShiftOptions):
     crossover: int | None = None
     mutation_prob: float = 0.1
     constraints: dict[str, Any] = field(default_factory=dict)
-    scoring: str | None = None
+    batch_norm: str | None = None
     strategy: str = "shared"
     score_by: str = "error"
     top_k: int = 10
@@ -67,46 +69,6 @@ class SearchOptions(ShiftOptions):
                 raise ConfigError(f"{name}: {getattr(self, name)}; expected at least {least}")
         if self.subtrie_size < 1:
             raise ConfigError(f"subtrie_size: {self.subtrie_size}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found; `to_dict` is what `result.json` holds.
-
-    Attributes:
-        best: the first of `top`; None where every score was NaN.
-        top: the best of the last generation and its parents, scored again under the final weights.
-        pareto: score against FLOPs, all under the final weights, cheapest first.
-        generations: a record of each.
-        seconds: wall time, the parts of a resumed run added up.
-        archs_per_second: architectures scored over that time.
-        budget: images and updates spent.
-        stopped: why the search ended early, or None.
-    """
-
-    best: Scored | None
-    top: list[Scored]
-    pareto: list[Scored]
-    generations: list[dict[str, Any]]
-    seconds: float
-    archs_per_second: float
-    budget: dict[str, int]
-    data: dict[str, Any]
-    space: dict[str, Any]
-    shift: dict[str, Any]
-    stopped: str | None
-    format_arch: Callable[[Any], str] = field(repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON-able values, architectures as strings."""
-
-        def row(scored: Scored) -> dict[str, Any]:
-            return asdict(scored) | {"arch": self.format_arch(scored.arch)}
-
-        found = {"format": FORMAT, "best": row(self.best) if self.best else None}
-        found |= {"top": [row(s) for s in self.top], "pareto": [row(s) for s in self.pareto]}
-        names = ("generations", "seconds", "archs_per_second", "budget", "data", "space", "shift")
-        return found | {name: getattr(self, name) for name in (*names, "stopped")}
 
 
 class Search:
@@ -159,7 +121,7 @@ class Search:
             score_by=options.score_by,
             **common,
         )
-        self.batch_norm = options.scoring or options.batch_norm
+        self.batch_norm = options.batch_norm or options.default_batch_norm
         self.evaluator = Evaluator(
             supernet,
             data.validation,
@@ -183,6 +145,10 @@ class Search:
         steps = options.head_warmup_steps
         if steps is None:
             steps = 200 if fresh_head and options.moves and options.shift != "immediate" else 0
+        if fresh_head and not options.moves and not steps:
+            raise ConfigError(
+                "head_warmup_steps: 0; with shift 'none' nothing else would train the fresh head"
+            )
         self.warmup_steps = steps
         if steps:
             self.warmup = HeadWarmup(supernet, data, options, **common)
@@ -190,7 +156,7 @@ class Search:
         self.archs: np.ndarray | None = None
         self.told: list[list[Any]] = []  # of the generation under way: [errors, losses, version]
         self.position = 0
-        self.history: dict[str, list[Any]] = {}
+        self.history = History(self.space, options.score_by)
         self.generations: list[dict[str, Any]] = []
         self.counts = {"scored": 0, "validation_images": 0, "calibration_images": 0}
         self.seconds = 0.0
@@ -250,7 +216,7 @@ class Search:
         if self.out is not None:
             path = self.out / "result.json"
             if not path.exists():
-                save_supernet(self.supernet, self.out)
+                save_supernet(self.supernet, self.out, {"data": result.data})
                 replace_file(path, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
             self.log.close()
         return result
@@ -282,29 +248,36 @@ class Search:
         per_group = options.shift_steps if options.moves else 0
         if not options.scores_after and not self.told:
             self._score(archs, rescore=options.rescores_parents)
-        while self.position < per_group * len(groups):
-            index = self.position // per_group
-            loss = self.shifter.update(groups[index])
+        while True:
+            # By what is done, not by what was just done: a run can stop between the two.
+            if options.scores_after and len(self.told) < self.position // per_group:
+                last = len(self.told) == len(groups) - 1
+                self._score(groups[len(self.told)], rescore=last and options.rescores_parents)
+            if self.position == per_group * len(groups):
+                return
+            # A skipped update that ends the run has used its mini-batch too.
             self.position += 1
+            loss = self.shifter.update(groups[(self.position - 1) // per_group])
             self.progress.advance(0, loss=loss)
-            if options.scores_after and self.position % per_group == 0:
-                last = index == len(groups) - 1
-                self._score(groups[index], rescore=last and options.rescores_parents)
             yield
 
     def _score(self, archs: np.ndarray, rescore: bool) -> None:
         """Score candidates, and with them the present parents, under one set of weights."""
         parents = self.evolution.parents if rescore else archs[:0]
-        scores = self.evaluator.evaluate(np.concatenate((archs, parents)))
-        self._record(np.concatenate((archs, parents)), scores)
-        own = slice(0, len(archs))
+        # A parent may have been bred again: it is scored, and counted, once.
+        own = set(map(bytes, archs))
+        others = [index for index, row in enumerate(parents) if bytes(row) not in own]
+        rows = np.concatenate((archs, parents[others]))
+        scores = self.evaluator.evaluate(rows)
+        self._record(rows, scores, candidates=len(archs))
         if len(parents):
             self.evolution.replace_scores(
-                parents,
+                parents[others],
                 scores.errors[len(archs) :],
                 scores.losses[len(archs) :],
                 weights_version=scores.weights_version,
             )
+        own = slice(0, len(archs))
         self.told.append(
             [
                 scores.errors[own].astype(float).tolist(),
@@ -320,8 +293,8 @@ class Search:
         best = float(latest)
         self.progress.advance(
             len(archs),
-            archs=len(archs) + len(parents),
-            images=(scores.images + scores.calibration_images) * (len(archs) + len(parents)),
+            archs=len(rows),
+            images=(scores.images + scores.calibration_images) * len(rows),
             sharing=scores.sharing,
             **({f"best_{self.options.score_by}": best} if math.isfinite(best) else {}),
         )
@@ -331,20 +304,24 @@ class Search:
         values = scores.errors if self.options.score_by == "error" else scores.losses
         return float(np.nanmin(values)) if np.isfinite(values).any() else math.nan
 
-    def _record(self, archs: np.ndarray, scores: Scores, *, final: bool = False) -> None:
-        """Add an evaluation to the log, the history and the counts."""
+    def _record(self, archs: np.ndarray, scores: Scores, *, candidates: int = 0) -> None:
+        """Add an evaluation to the log, the history and the counts.
+
+        The first `candidates` rows were proposed by the present generation, the others before; an
+        evaluation of no candidates is the final one.
+        """
         generation = self.evolution.generation
         each = scores.seconds / max(1, len(archs))
         flops, params = self.space.flops(archs).tolist(), self.space.params(archs).tolist()
         for i, text in enumerate(self.space.format_all(archs)):
             error, loss = float(scores.errors[i]), float(scores.losses[i])
-            found = generation if not final else self.history[text][2]
-            self.history[text] = [error, loss, found, scores.weights_version]
+            found = generation if i < candidates else self.history.rows[text][2]
+            self.history.rows[text] = [error, loss, found, scores.weights_version]
             if self.log is not None:
                 line = {"arch": text, "error": error, "loss": loss, "generation": generation}
                 line |= {"weights_version": scores.weights_version, "flops": flops[i]}
                 line |= {"params": params[i], "seconds": each}
-                self.log.append(line | ({"final": True} if final else {}))
+                self.log.append(line | ({} if candidates else {"final": True}))
         self.sharing.append([scores.sharing, len(archs)])
         self.counts["scored"] += len(archs)
         self.counts["validation_images"] += scores.images * len(archs)
@@ -374,6 +351,7 @@ class Search:
             "best_loss": float(losses[finite].min()) if finite.any() else None,
             "median_error": float(np.median(errors[finite])) if finite.any() else None,
             "failed": int((~finite).sum()),
+            "first_weights_version": self.told[0][2],
             "weights_version": version,
             "op_frequency": [
                 row[:count].tolist()
@@ -398,65 +376,28 @@ class Search:
 
     def _final(self) -> dict[str, Any]:
         """Score the last top-k and the Pareto front's candidates again under the final weights."""
-        top = [scored.arch for scored in self.evolution.top_k(self.options.top_k)]
-        texts = self.space.format_all(top) if top else []
-        known = list(self.history)
-        column = 0 if self.options.score_by == "error" else 1
-        values = np.array([self.history[text][column] for text in known], float)
-        flops = self.space.flops(known).astype(float) if known else np.zeros(0)
-        finite = np.flatnonzero(np.isfinite(values))
-        front = (
-            pareto_front(np.stack((values[finite], flops[finite]), axis=1)) if len(finite) else []
-        )
-        chosen = list(dict.fromkeys([*texts, *(known[finite[i]] for i in front)]))
-        stale = [t for t in chosen if self.history[t][3] != self.supernet.version]
+        texts = self._kept()
+        chosen = list(dict.fromkeys([*texts, *self.history.front()]))
+        version = self.supernet.version
+        stale = [text for text in chosen if self.history.rows[text][3] != version]
         if stale:
             archs = self.space.as_archs(stale)
-            self._record(archs, self.evaluator.evaluate(archs), final=True)
+            self._record(archs, self.evaluator.evaluate(archs))
         self.seconds += time.perf_counter() - self._clock
-        rows = {text: self._scored(text) for text in chosen}
-        ranked = sorted((rows[t] for t in texts if math.isfinite(rows[t].loss)), key=self._order)
-        alive = [row for row in rows.values() if math.isfinite(row.loss)]
-        pareto = []
-        if alive:
-            points = [[(row.error, row.loss)[column], float(row.flops)] for row in alive]
-            pareto = [alive[i] for i in pareto_front(np.array(points))]
-        text_of = self.space.format
-        return {
-            "top": [text_of(s.arch) for s in ranked],
-            "pareto": [text_of(s.arch) for s in sorted(pareto, key=lambda s: (s.flops, s.arch))],
-        }
+        top = [self.space.format(scored.arch) for scored in self.history.ranked(texts)]
+        return {"top": top, "pareto": self.history.front(chosen)}
 
-    def _order(self, scored: Scored) -> tuple:
-        """What candidates are sorted by: the score, then the other one, FLOPs and the string."""
-        pair = (scored.error, scored.loss)
-        first = pair if self.options.score_by == "error" else pair[::-1]
-        return (*first, scored.flops, scored.arch)
-
-    def _scored(self, text: str) -> Scored:
-        """The latest score of an architecture."""
-        error, loss, generation, version = self.history[text]
-        arch = self.space.parse(text)
-        return Scored(
-            tuple(arch.tolist()),
-            error,
-            loss,
-            int(self.space.flops(arch)[0]),
-            int(self.space.params(arch)[0]),
-            version,
-            generation,
-        )
+    def _kept(self) -> list[str]:
+        """The strings of the best architectures the population keeps."""
+        kept = [scored.arch for scored in self.evolution.top_k(self.options.top_k)]
+        return self.space.format_all(kept) if kept else []
 
     def _result(self, stopped: str | None) -> SearchResult:
         options = self.options
-        if self.finished is not None:
-            top = [self._scored(text) for text in self.finished["top"]]
-            pareto = [self._scored(text) for text in self.finished["pareto"]]
-        else:
-            # The population knows one version for a whole generation; the history each score's.
-            kept = [s.arch for s in self.evolution.top_k(options.top_k)]
-            texts = self.space.format_all(kept) if kept else []
-            top, pareto = sorted(map(self._scored, texts), key=self._order), []
+        # The population knows one version for a whole generation; the history each score's.
+        ended = self.finished or {"top": self._kept(), "pareto": []}
+        top = self.history.ranked(ended["top"])
+        pareto = [self.history.scored(text) for text in ended["pareto"]]
         parts = [part.trainer for part in (self.shifter, self.warmup) if part is not None]
         budget = {
             "updates": sum(trainer.updates for trainer in parts),
@@ -502,14 +443,17 @@ class Search:
     # The run directory.
 
     def _identity(self) -> dict[str, Any]:
-        described = getattr(self.data, "describe", dict)()
-        options = json.loads(json.dumps(asdict(self.options)))
-        return {
+        costs = {name: [table.tolist(), fixed] for name, (table, fixed) in self.space.costs.items()}
+        found = {
             "seed": self.seed,
             "space": self.space.fingerprint(),
-            "data": described.get("digest"),
-            "options": options,
+            "costs": hashlib.sha256(json.dumps(costs, sort_keys=True).encode()).hexdigest(),
+            "data": getattr(self.data, "describe", dict)(),
+            "precision": self.evaluator.precision,
+            "head_warmup_steps": self.warmup_steps,
+            "options": asdict(self.options),
         }
+        return json.loads(json.dumps(found))
 
     def _open(self, resume: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -538,11 +482,15 @@ class Search:
                 )
             truncate_log(path, 0)
         self.log = ScoreLog(path)
+        if not (self.out / "config.yaml").exists():
+            found = self._identity() | {
+                "versions": versions(next(self.supernet.parameters()).device)
+            }
+            replace_file(self.out / "config.yaml", yaml.safe_dump(found, sort_keys=False).encode())
 
     _PLAIN = (
         "told",
         "position",
-        "history",
         "generations",
         "counts",
         "sharing",
@@ -563,6 +511,7 @@ class Search:
             "seconds": self.seconds + running,
             "generation_seconds": self.generation_seconds + running,
             "identity": self._identity(),
+            "history": self.history.rows,
             "version": self.supernet.version,
             "log_bytes": self.log.flush(),
             "evolution": self.evolution.state_dict(),
@@ -581,6 +530,7 @@ class Search:
         self.supernet.load_tensors(found.tensors["supernet"], state["version"])
         for name in self._PLAIN:
             setattr(self, name, state[name])
+        self.history.rows = state["history"]
         self.seconds = state["seconds"]
         self.evolution.load_state_dict(state["evolution"])
         self.evolution.last_ask = dict(state["last_ask"])
@@ -601,7 +551,7 @@ def search(
     data: Any,
     constraints: dict[str, Any] | None = None,
     *,
-    shift: str = "accumulate",
+    shift: str | None = None,
     batch_norm: str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -619,7 +569,7 @@ def search(
         supernet: pre-trained; it shifts in place, and is saved in `out`.
         data: with `train`, `validation` and `calibration` batches, as `fastshift.data.load` gives.
         constraints: bounds by metric: `{"flops": "330M"}`, `"60%"` of the largest, `"290M:330M"`.
-        shift: `accumulate`, `immediate`, `every:G`, `uniform` or `none`.
+        shift: `accumulate`, the default, `immediate`, `every:G`, `uniform` or `none`.
         batch_norm: statistics policy of the scores; None takes the mode's default.
         seed: of every random choice; equal seeds give equal searches.
         out: run directory for `scores.jsonl`, `result.json`, checkpoints and the shifted weights.
@@ -639,11 +589,12 @@ def search(
         ConstraintError: a constraint is malformed, or no architecture satisfies it.
         NonFiniteLossError: three losses in a row were not finite; the state was saved.
     """
-    overrides["shift"] = shift
+    if shift is not None:
+        overrides["shift"] = shift
     if constraints is not None:
         overrides["constraints"] = dict(constraints)
     if batch_norm is not None:
-        overrides["scoring"] = batch_norm
+        overrides["batch_norm"] = batch_norm
     options = _with_overrides(options or SearchOptions(), overrides)
     return Search(
         supernet,

@@ -118,7 +118,7 @@ class ShiftOptions:
         return 1e-4 * (self.group_size(population) if self.reduction == "mean" else 1)
 
     @property
-    def batch_norm(self) -> str:
+    def default_batch_norm(self) -> str:
         """The default policy of scores: `ema`, as released, for `immediate`, else `recalibrate`."""
         return "ema" if self.shift == "immediate" else "recalibrate"
 

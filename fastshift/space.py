@@ -660,6 +660,11 @@ def _parse_constraint(space: SearchSpace, metric: str, value: Any) -> Constraint
         known = ", ".join(space.costs)
         raise ConstraintError(f"unknown constraint {metric!r}: expected one of {known}")
     given = f"constraint {metric}={value!r}"
+    if space.largest(metric) == 0:
+        raise ConstraintError(
+            f"{given}: no {metric} are known of {space.name}; a supernet of modules counts FLOPs "
+            "where it is given an input_shape"
+        )
     if isinstance(value, (tuple, list)):
         bounds = list(value)
     elif isinstance(value, str):

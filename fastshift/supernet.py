@@ -360,7 +360,8 @@ def _measured_space(
         net.eval()
         try:
             with torch.no_grad():
-                x, fixed_flops = _count(net.stem, torch.zeros(1, *input_shape), "stem")
+                image = _like(torch.zeros(1, *input_shape), net)
+                x, fixed_flops = _count(net.stem, image, "stem")
                 for level, block in enumerate(net.blocks):
                     outputs = []
                     for choice, module in enumerate(block):

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from fastshift import pretrain as pretrain_function
@@ -14,6 +15,7 @@ from fastshift.batch_norm import start_ema
 from fastshift.errors import CheckpointError, ConfigError, NonFiniteLossError, SpaceError
 from fastshift.evaluator import Evaluator
 from fastshift.pretrain import PathTrainer, PretrainOptions, pretrain, sample_paths
+from fastshift.supernet import ChainSupernet
 from fastshift.testing import (
     chain_supernet,
     changed_tensors,
@@ -349,3 +351,42 @@ def test_an_option_out_of_range_is_refused_by_name(options, name):
 
 def test_the_public_name_is_the_function():
     assert pretrain_function is pretrain
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_like_a_loss():
+    net = tiny_supernet()
+    trainer = PathTrainer(net, lr=0.1)
+    before = {name: tensor.clone() for name, tensor in net.tensors().items()}
+    images, labels = synthetic_data().train.batch(0, 8, "x")
+    weight = next(p for p in net.head.parameters() if p.dim() > 1)
+    hook = weight.register_hook(lambda grad: grad * math.inf)
+    plan = Plan(np.zeros((1, net.space.num_blocks), np.uint8))
+    trainer.update(plan, images, labels, position=0)
+    assert (trainer.updates, trainer.skipped) == (0, 1)
+    assert changed_tensors(before, net.tensors()) == set()
+    hook.remove()
+    trainer.update(plan, images, labels, position=1)
+    assert (trainer.updates, trainer.skipped) == (1, 1)
+
+
+def test_any_random_op_that_candidates_would_share_is_refused():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    blocks = [[nn.Conv2d(4, 4, 1), Noise()], [nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)]]
+    head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 4))
+    net = ChainSupernet(nn.Conv2d(3, 4, 3, padding=1), blocks, head)
+    trainer = PathTrainer(net, lr=0.1)
+    images, labels = synthetic_data().train.batch(0, 4, "x")
+    trainer.update(Plan(np.array([[1, 0]], np.uint8)), images, labels, position=0)
+    with pytest.raises(SpaceError, match="random"):
+        trainer.update(Plan(np.array([[1, 0], [1, 1]], np.uint8)), images, labels, position=1)
+
+
+def test_the_batch_size_is_the_datas_own_unless_one_is_given():
+    data = synthetic_data()
+    data.train.batch_size = 5
+    pretrain(tiny_supernet(), data, 1)
+    pretrain(tiny_supernet(), data, 1, batch_size=7)
+    assert [asked[2] for asked in data.train.asked] == [5, 7]

@@ -280,10 +280,10 @@ def test_the_defaults_are_those_of_the_paper_and_the_released_code():
     assert not options.drift
     assert options.lr_for(50) == 1e-4
     assert not options.scores_after
-    assert options.batch_norm == "recalibrate"
+    assert options.default_batch_norm == "recalibrate"
     assert options.rescores_parents
     immediate = ShiftOptions(shift="immediate")
-    assert immediate.batch_norm == "ema"
+    assert immediate.default_batch_norm == "ema"
     assert immediate.scores_after
     assert not immediate.rescores_parents
     assert immediate.lr_for(50) == 1e-4

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fastshift.errors import CheckpointError
+from fastshift.errors import CheckpointError, ConfigError
 from fastshift.pretrain import pretrain
 from fastshift.search import Search, SearchOptions, search, transfer
 from fastshift.testing import (
@@ -98,12 +98,20 @@ def test_the_warm_up_trains_only_the_head_before_the_first_score(data):
 
 @pytest.mark.parametrize(
     ("shift", "steps"),
-    [("accumulate", 200), ("every:2", 200), ("uniform", 200), ("immediate", 0), ("none", 0)],
+    [("accumulate", 200), ("every:2", 200), ("uniform", 200), ("immediate", 0)],
 )
 def test_the_default_warm_up_is_the_modes_own(shift, steps, data):
     options = SearchOptions(**{**SMALL, "shift": shift, "head_warmup_steps": None})
     assert Search(micro_supernet(3), data, options, fresh_head=True).warmup_steps == steps
     assert Search(micro_supernet(3), data, options).warmup_steps == 0
+
+
+def test_a_fresh_head_that_nothing_would_train_is_refused(data):
+    options = {**SMALL, "shift": "none", "head_warmup_steps": None}
+    with pytest.raises(ConfigError, match="head_warmup_steps"):
+        Search(micro_supernet(3), data, SearchOptions(**options), fresh_head=True)
+    warmed = SearchOptions(**{**options, "head_warmup_steps": 2})
+    assert Search(micro_supernet(3), data, warmed, fresh_head=True).warmup_steps == 2
 
 
 def test_everything_trains_after_the_warm_up(data):

@@ -54,6 +54,7 @@ class Data:
     class_names: tuple[str, ...] | None
     spec: str
     seed: int
+    split_seed: int
     digest: str
     normalisation: Normalisation
 
@@ -73,6 +74,7 @@ class Data:
         return {
             "spec": self.spec,
             "seed": self.seed,
+            "split_seed": self.split_seed,
             "num_classes": self.num_classes,
             "class_names": None if self.class_names is None else list(self.class_names),
             "in_channels": self.in_channels,
@@ -127,7 +129,7 @@ def assemble(
         train, test, class_names = _with_classes(train, test, class_names, options.classes)
     num_classes = check_classes(train.labels, None if test is None else test.labels)
     if options.limit is not None:
-        train = _limited(train, options.limit, num_classes, options.seed)
+        train = _limited(train, options.limit, num_classes, options.split_seed)
     num_bytes = train.num_bytes + (0 if test is None else test.num_bytes)
     if num_bytes <= options.max_memory_bytes:
         train, test = train.in_memory(), None if test is None else test.in_memory()
@@ -170,6 +172,7 @@ def assemble(
         class_names=None if class_names is None else tuple(class_names),
         spec=spec,
         seed=options.seed,
+        split_seed=options.split_seed,
         digest=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
         normalisation=normalise,
     )
@@ -231,7 +234,7 @@ def _hold_out(
             f"validation_size={asked}: {size} of {num} images, expected {num_classes} to "
             f"{num - num_classes} (each class stays in both parts)"
         )
-    rng = np.random.default_rng((options.seed, 1))
+    rng = np.random.default_rng((options.split_seed, 1))
     held = stratified(labels, size, rng, at_least=1, spare=1)
     is_held = np.zeros(num, dtype=bool)
     is_held[held] = True
@@ -252,7 +255,7 @@ def _calibration(labels: np.ndarray, options: Options) -> tuple[np.ndarray, int]
             f"calibration_batches={batches} of {batch_size} images: expected at most {num} images, "
             f"the training part"
         )
-    rng = np.random.default_rng((options.seed, 2))
+    rng = np.random.default_rng((options.split_seed, 2))
     return stratified(labels, batches * batch_size, rng), batch_size
 
 

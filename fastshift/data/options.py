@@ -14,6 +14,7 @@ __all__ = ["Options", "check_at_least"]
 LOWEST = {
     "batch_size": 1,
     "seed": 0,
+    "split_seed": 0,
     "calibration_batches": 1,
     "calibration_batch_size": 1,
     "validation_batch_size": 1,
@@ -21,7 +22,13 @@ LOWEST = {
     "limit": 1,
     "max_memory_bytes": 0,
 }
-REQUIRED = ("batch_size", "seed", "validation_batch_size", "max_memory_bytes")  # never None
+REQUIRED = (
+    "batch_size",
+    "seed",
+    "split_seed",
+    "validation_batch_size",
+    "max_memory_bytes",
+)  # never None
 
 
 def check_at_least(name: str, value: int, lowest: int) -> int:
@@ -38,7 +45,9 @@ class Options:
 
     Attributes:
         batch_size: images in a training batch.
-        seed: fixes what is held out, the order of the training stream and its augmentation.
+        seed: fixes the order of the training stream and its augmentation.
+        split_seed: fixes what is held out. It does not follow `seed`: a supernet that was trained
+            with one seed and is searched with another must not meet its scoring images before.
         validation_size: images held out of the training set for scoring, a count or a fraction
             below 1; if None a tenth, at most 5,000, and of small sets up to a quarter.
         calibration_batches: number of calibration batches; if None 8, or as many as there are.
@@ -55,6 +64,7 @@ class Options:
 
     batch_size: int = 128
     seed: int = 0
+    split_seed: int = 0
     validation_size: int | float | None = None
     calibration_batches: int | None = None
     calibration_batch_size: int | None = None
