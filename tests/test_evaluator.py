@@ -109,31 +109,34 @@ def test_shared_scoring_equals_sequential_scoring_in_float64_at_every_cut(kind, 
     archs = random_archs(net.space, 6, seed=3)
     plain = _evaluator(net, data, "sequential", batch_norm=policy).evaluate(archs)
     exact = _plain_logits(net, data, archs, policy)
-    for size in (1, 2, 3, 99):
+    for size in (1, 2, 99):
         shared = _evaluator(net, data, batch_norm=policy, subtrie_size=size).evaluate(archs)
         assert (shared.errors == plain.errors).all()
         assert global_error([shared.losses], [plain.losses]) < FLOAT64_TOLERANCE
-        logits = _shared_logits(net, data, archs, policy, size)
-        assert global_error([logits], [exact]) < FLOAT64_TOLERANCE
+    logits = _shared_logits(net, data, archs, policy, 3)
+    assert global_error([logits], [exact]) < FLOAT64_TOLERANCE
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_shared_scoring_in_fp32_is_as_accurate_as_sequential_scoring(kind, policy, data):
     net = _make(kind)
-    archs = random_archs(net.space, 6, seed=4)
+    archs = random_archs(net.space, 5, seed=4)
     plain = _plain_logits(net, data, archs, policy)
     exact = _plain_logits(copy.deepcopy(net).double(), data, archs, policy)
-    one_by_one = _evaluator(net, data, "sequential", batch_norm=policy).evaluate(archs)
-    true = _evaluator(copy.deepcopy(net).double(), data, "sequential", batch_norm=policy).evaluate(
-        archs
-    )
-    for size in (1, 6):
+    for size in (1, 5):
         logits = _shared_logits(net, data, archs, policy, size)
         assert_as_accurate([logits], [plain], [exact])
         assert_same_predictions(logits, plain)
-        shared = _evaluator(net, data, batch_norm=policy, subtrie_size=size).evaluate(archs)
-        assert_as_accurate([shared.losses], [one_by_one.losses], [true.losses])
+
+
+def test_fp32_losses_are_as_accurate_as_one_at_a_time(data):
+    net = _make("described")
+    archs = random_archs(net.space, 5, seed=4)
+    plain = _evaluator(net, data, "sequential").evaluate(archs)
+    exact = _evaluator(copy.deepcopy(net).double(), data, "sequential").evaluate(archs)
+    shared = _evaluator(net, data).evaluate(archs)
+    assert_as_accurate([shared.losses], [plain.losses], [exact.losses])
 
 
 def _assert_equal_on(net, data, archs, policy="recalibrate"):
@@ -151,21 +154,19 @@ def _assert_equal_on(net, data, archs, policy="recalibrate"):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_shared_equals_sequential_on_the_digits_space(policy):
     net = _with_ema(randomise(Supernet(spaces.digits())))
-    data = synthetic_data(num_classes=10, in_channels=1, validation=(20,), calibration=(12, 8))
-    _assert_equal_on(
-        net, data, net.space.as_archs(["012301", "012311", "333333", "000000"]), policy
-    )
+    data = synthetic_data(num_classes=10, in_channels=1, validation=(6,), calibration=(5, 4))
+    _assert_equal_on(net, data, net.space.as_archs(["012301", "012311", "333333"]), policy)
 
 
 def test_shared_equals_sequential_on_the_nasbench_macro_space():
     net = randomise(Supernet(spaces.nasbench_macro(width=0.25)))
-    data = synthetic_data(num_classes=10, image_size=32, validation=(6,), calibration=(6,))
+    data = synthetic_data(num_classes=10, image_size=32, validation=(4,), calibration=(4,))
     _assert_equal_on(net, data, net.space.as_archs(["20101202", "20101201", "00000000"]))
 
 
 def test_shared_equals_sequential_on_the_shufflenet_space():
     net = randomise(Supernet(spaces.shufflenet_v2(image_size=32, num_classes=10, width=0.25)))
-    data = synthetic_data(num_classes=10, image_size=32, validation=(3,), calibration=(3,))
+    data = synthetic_data(num_classes=10, image_size=32, validation=(2,), calibration=(2,))
     last = "0123" * 4
     _assert_equal_on(net, data, net.space.as_archs([last + "0123", last + "0120"]))
 
@@ -174,10 +175,10 @@ def test_a_trie_of_the_whole_space_equals_one_architecture_at_a_time(data):
     net = _make("described", torch.float64)
     archs = np.array(list(itertools.product(*map(range, net.space.num_choices.tolist()))), np.uint8)
     shared = _evaluator(net, data, subtrie_size=7).evaluate(archs)
-    some = archs[::13]
+    some = archs[::19]
     plain = _evaluator(net, data, "sequential").evaluate(some)
-    assert (shared.errors[::13] == plain.errors).all()
-    assert global_error([shared.losses[::13]], [plain.losses]) < FLOAT64_TOLERANCE
+    assert (shared.errors[::19] == plain.errors).all()
+    assert global_error([shared.losses[::19]], [plain.losses]) < FLOAT64_TOLERANCE
     assert shared.sharing > 2
 
 
@@ -188,7 +189,7 @@ def test_statistics_far_from_zero_lose_no_accuracy(policy, data):
     far = copy.copy(data)
     far.validation = [(x + 100, y) for x, y in data.validation]
     far.calibration = [(x + 100, y) for x, y in data.calibration]
-    archs = random_archs(net.space, 6, seed=8)
+    archs = random_archs(net.space, 4, seed=8)
     plain = _plain_logits(net, far, archs, policy)
     exact = _plain_logits(copy.deepcopy(net).double(), far, archs, policy)
     logits = _shared_logits(net, far, archs, policy, 3)
@@ -204,13 +205,13 @@ def test_statistics_far_from_zero_lose_no_accuracy(policy, data):
 def test_scores_do_not_depend_on_order_or_company(kind, policy, data):
     net = _make(kind)
     score = _evaluator(net, data, batch_norm=policy, subtrie_size=4)
-    archs = random_archs(net.space, 9, seed=1)
+    archs = random_archs(net.space, 7, seed=1)
     together = score.evaluate(archs)
-    order = np.random.default_rng(0).permutation(9)
+    order = np.random.default_rng(0).permutation(7)
     shuffled = score.evaluate(archs[order])
     assert (shuffled.errors == together.errors[order]).all()
     assert (shuffled.losses == together.losses[order]).all()
-    for row in (0, 4, 8):
+    for row in (0, 6):
         alone = score.evaluate(archs[row])
         assert alone.errors[0] == together.errors[row]
         assert alone.losses[0] == together.losses[row]
@@ -266,7 +267,7 @@ def test_scoring_leaves_the_supernet_untouched_bit_for_bit(kind, strategy, polic
     kept = [(x.clone(), y.clone()) for x, y in (*data.validation, *data.calibration)]
     generator = torch.get_rng_state()
     before = snapshot(net)
-    _evaluator(net, data, strategy, batch_norm=policy, subtrie_size=3)(random_archs(net.space, 7))
+    _evaluator(net, data, strategy, batch_norm=policy, subtrie_size=2)(random_archs(net.space, 4))
     assert_untouched(net, before)
     assert torch.equal(torch.get_rng_state(), generator)
     for (x, y), (old_x, old_y) in zip((*data.validation, *data.calibration), kept, strict=True):
@@ -473,7 +474,7 @@ def test_a_supernet_can_be_scored_in_inference_mode(data):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_bf16_scores_are_close_to_fp32_scores(kind, data):
     net = _make(kind)
-    archs = random_archs(net.space, 6, seed=1)
+    archs = random_archs(net.space, 3, seed=1)
     for policy in POLICIES:
         plain = _evaluator(net, data, batch_norm=policy).evaluate(archs)
         for strategy in ("shared", "sequential"):
