@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from recording import machine
 
-import fastshift
 from fastshift import data as sources
 from fastshift.checkpoint import load_supernet, save_supernet
 from fastshift.evaluator import Evaluator
@@ -176,6 +175,7 @@ def score(args: argparse.Namespace, supernet: Supernet, data, limit: str, folder
     np.savez(folder / "scores.npz", archs=archs, errors=scores.errors, losses=scores.losses)
     return {
         "scored": len(archs),
+        "weights_version": scores.weights_version,
         "score_seconds": time.perf_counter() - begin,
         "sharing_all": scores.sharing,
     }
@@ -190,6 +190,7 @@ def run_part(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     found = PARTS[kind](args, int(seed), *rest)
     found["seconds"] = time.perf_counter() - begin
+    found["machine"] = machine()
     path = part_file(args, args.part)
     path.write_text(json.dumps(found))
 
@@ -320,37 +321,18 @@ def summarise(args: argparse.Namespace) -> dict:
     pretraining = [
         json.loads(part_file(args, ["pretrain", str(seed)]).read_text()) for seed in args.seeds
     ]
-    machine = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastshift": fastshift.__version__,
-        "commit": _commit(),
-    }
-    seconds = sum(
-        json.loads(path.read_text())["seconds"] for path in sorted(args.work.glob("*.json"))
-    )
+    parts = [json.loads(path.read_text()) for path in sorted(args.work.glob("*.json"))]
+    machines = []
+    for part in parts:
+        if part["machine"] not in machines:
+            machines.append(part["machine"])
     return {
         "options": options,
-        "machine": machine,
-        "cpu_seconds_one_thread": seconds,
+        "machines": machines,
+        "seconds_of_all_parts": sum(part["seconds"] for part in parts),
         "pretraining": pretraining,
         "rows": rows,
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
 
 
 COLUMNS = ("tau_random", "tau_all", "tau_500", "top10", "top50", "regret", "found_accuracy")

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from recording import machine
 
-import fastshift
 from fastshift import data as sources
 from fastshift.evaluator import Evaluator
 from fastshift.pretrain import PretrainOptions, pretrain
@@ -129,21 +126,6 @@ def table(rows: list[dict]) -> str:
             cells.append(f"{values.mean():.1f}{spread}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastshift": fastshift.__version__,
-        "commit": found.stdout.strip(),
-    }
 
 
 def main() -> None:
