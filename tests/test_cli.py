@@ -24,7 +24,6 @@ from fastshift import build, checkpoint
 from fastshift.cli import _stop_flag, main
 from fastshift.config import VERBS, resolve
 from fastshift.export import load_into, read_metadata
-from fastshift.ops import Head, Unit, conv, identity, shuffle_unit
 
 TINY = """
 from fastshift.ops import Head, Unit, conv, identity, inverted_residual
@@ -216,6 +215,24 @@ def test_ctrl_c_saves_the_state_and_leaves_with_three(space, tmp_path, capsys):
     assert not (out / "supernet.safetensors").exists()
 
 
+def test_an_interrupted_check_of_the_winner_is_made_again(run, space, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    stage = ["--pretrain-steps=2", "--pretrain-batch-size=8", "--flops=90%", "--no-report"]
+    check = ["--retrain-check=2", "--retrain-epochs=1"]
+    argv = ["search", space, *IMAGES, *SEARCH, *stage, *check, f"--out={out}"]
+
+    def interrupted(*args, **keywords):
+        signal.raise_signal(signal.SIGINT)
+        return fs.retrain(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastshift.commands.retrain", interrupted)
+        assert main(argv) == 3
+    assert "retrained" not in result_of(out)
+    assert main([*argv, "--resume"]) == 0
+    assert result_of(out)["retrained"] == result_of(run)["retrained"]
+
+
 def test_a_second_signal_ends_the_program_at_once(monkeypatch, capfd):
     sent = []
     with _stop_flag() as flag:
@@ -380,19 +397,25 @@ def test_help_names_every_verb_and_every_option(capsys):
             assert option.flag in shown
 
 
-def test_the_layout_follows_the_frames_of_the_space():
-    def space(*ops):
-        stem, head = [Unit("dense", 1, 4, kernel=3)], Head(4, (), 2)
-        shape = {"in_channels": 1, "image_size": 8}
-        return fs.SearchSpace("s", stem=stem, blocks=[ops], head=head, **shape)
+@pytest.mark.parametrize(
+    ("layout", "is_last"), [("auto", True), ("channels_last", True), ("nchw", False)]
+)
+def test_the_layout_decides_the_order_of_the_weights(layout, is_last):
+    config = resolve("search", {"layout": layout, "device": "cpu"}, {})
+    space = fs.spaces.digits(in_channels=3)  # with one channel both orders are the same
+    supernet = build.place(config, build.fresh_supernet(space, 0))
+    weight = supernet.get_parameter("stem.0.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last) == is_last
 
-    shuffle, plain = shuffle_unit(4, 4, 1, 3), conv(4, 4, 3, 1)
-    config = resolve("search", {}, {})
-    assert build.memory_format(config, space(shuffle, plain)) is torch.channels_last
-    mostly = space(shuffle, shuffle, identity(4))
-    assert build.memory_format(config, mostly) is torch.contiguous_format
-    config = resolve("search", {"layout": "channels_last"}, {})
-    assert build.memory_format(config, mostly) is torch.channels_last
+
+def test_the_weights_follow_from_the_seed_alone():
+    torch.manual_seed(1)
+    first = build.fresh_supernet(fs.spaces.digits(), 3).state_dict()
+    torch.manual_seed(2)
+    again = build.fresh_supernet(fs.spaces.digits(), 3).state_dict()
+    other = build.fresh_supernet(fs.spaces.digits(), 4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.classifier.weight"], other["head.classifier.weight"])
 
 
 # The library's face

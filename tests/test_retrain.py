@@ -68,7 +68,7 @@ def test_the_network_is_the_architectures_alone_with_affine_batch_norms(space, d
 
 
 def test_it_learns(space, data):
-    trained = retrain(space, "201", data, seed=0, epochs=6, batch_size=32, lr=0.2)
+    trained = retrain(space, "101", data, seed=0, epochs=5, batch_size=64, lr=0.3)
     assert trained.test_error < 0.5
     assert trained.test_error == top1_error(trained.net, data.test)
     assert not trained.net.training
