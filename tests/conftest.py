@@ -1,4 +1,4 @@
-"""Set before torch is imported: one thread an operator, so that results repeat and busy cores do not spin."""
+"""One thread an operator, set before torch is imported: results repeat, busy cores do not spin."""
 
 from __future__ import annotations
 
