@@ -279,7 +279,13 @@ def micro_supernet(num_classes: int = 4, *, dropout: float = 0.25, seed: int = 0
     ]
     stem = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, num_classes))
-    return randomise(ChainSupernet(stem, blocks, head, input_shape=(3, 8, 8), name="micro"), seed)
+    space = _MICRO_SPACES.get(num_classes)  # measured once: it takes as long as a short search
+    net = ChainSupernet(stem, blocks, head, input_shape=(3, 8, 8), name="micro", space=space)
+    _MICRO_SPACES[num_classes] = net.space
+    return randomise(net, seed)
+
+
+_MICRO_SPACES: dict[int, SearchSpace] = {}
 
 
 class Mask(nn.Module):
