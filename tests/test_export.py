@@ -206,7 +206,7 @@ def test_a_file_whose_logits_differ_never_appears(
         damaged = {name: tensor * 1.01 for name, tensor in tensors.items()}
         save_file(damaged, path, metadata=metadata)
 
-    monkeypatch.setattr("fastshift.export.save_file", write_damaged)
+    monkeypatch.setattr(sys.modules["fastshift.export"], "save_file", write_damaged)
     with pytest.raises(CheckpointError, match="logits of the safetensors file differ by"):
         export(net, "0", tmp_path / "n.safetensors", format="safetensors", input_shape=SHAPE)
     assert list(tmp_path.iterdir()) == []
@@ -220,7 +220,7 @@ def test_a_full_disk_is_reported_and_leaves_the_old_file(
 
     path = tmp_path / "net.safetensors"
     path.write_text("the old file")
-    monkeypatch.setattr("fastshift.export.save_file", write_nothing)
+    monkeypatch.setattr(sys.modules["fastshift.export"], "save_file", write_nothing)
     with pytest.raises(CheckpointError, match=r"cannot be written.*No space left"):
         export(net, "0", path, format="safetensors", input_shape=SHAPE)
     assert path.read_text() == "the old file"
