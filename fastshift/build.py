@@ -186,8 +186,13 @@ def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -
 
 
 def place(config: Config, supernet: Supernet) -> Supernet:
-    """Move a supernet to its device and memory format."""
-    return supernet.to(device=device_of(config), memory_format=memory_format(config))
+    """Move a supernet to its device and memory format; on a GPU, fp32 is fp32 and runs repeat."""
+    device = device_of(config)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    return supernet.to(device=device, memory_format=memory_format(config))
 
 
 # What a run leaves in its directory from the start on.

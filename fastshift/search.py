@@ -358,7 +358,7 @@ class Search:
                 for row, count in zip(frequency, self.space.num_choices.tolist(), strict=True)
             ],
             "sharing": sum(factor * count for factor, count in self.sharing) / max(1, scored),
-            "ask": dict(self.evolution.last_ask),
+            "ask": self.evolution.last_ask | {"acceptance_rate": self.evolution.acceptance_rate},
             "seconds": self.generation_seconds,
         }
         self.generations.append(record)

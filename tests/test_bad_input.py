@@ -528,3 +528,14 @@ def test_scores_that_could_not_be_written_are_not_even_computed(refused, superne
     out = tmp_path / "no" / "scores.csv"
     argv = ["evaluate", f"--supernet={supernet}", *IMAGES, "--archs=random:2", f"--out={out}"]
     refused(*argv, says="scores.csv")
+
+
+# Scoring images
+
+
+@pytest.mark.parametrize("split", ["--split-seed=1", "--validation-size=30", "--limit=90"])
+def test_a_supernet_is_not_scored_on_images_it_was_trained_on(supernet, refused, split):
+    images = [word for word in IMAGES if not word.startswith(split.split("=")[0])]
+    refused(
+        "evaluate", f"--supernet={supernet}", *images, split, "--archs=random:2", says="split with"
+    )

@@ -365,3 +365,14 @@ def test_numpy_integers_are_accepted_and_described_as_plain_ones():
 def test_an_unknown_option_is_a_type_error():
     with pytest.raises(TypeError, match="batch_sizes"):
         fsdata.load("digits", batch_sizes=3)
+
+
+def test_the_seed_of_a_run_does_not_move_what_is_held_out():
+    first, second = (fsdata.load("digits", seed=seed) for seed in (0, 1))
+    for part in ("validation", "calibration"):
+        for (x, y), (u, v) in zip(getattr(first, part), getattr(second, part), strict=True):
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+    assert not torch.equal(first.train.batch(0)[1], second.train.batch(0)[1])
+    moved = fsdata.load("digits", split_seed=1)
+    assert not torch.equal(first.validation[0][1], moved.validation[0][1])

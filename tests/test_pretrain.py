@@ -260,7 +260,7 @@ def test_one_batch_with_nan_skips_one_step():
     net, result = _run(data=data)
     assert (result.steps, result.skipped, net.version) == (5, 1, 4)
     assert all(torch.isfinite(value).all() for value in net.tensors().values())
-    assert math.isnan(result.loss) or math.isfinite(result.loss)
+    assert math.isfinite(result.loss)  # of the steps that were made
 
 
 def test_three_bad_steps_in_a_row_stop_with_the_state_saved(tmp_path):

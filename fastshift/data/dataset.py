@@ -128,6 +128,7 @@ def assemble(
     if options.classes is not None:
         train, test, class_names = _with_classes(train, test, class_names, options.classes)
     num_classes = check_classes(train.labels, None if test is None else test.labels)
+    digests = [train.digest(), "" if test is None else test.digest()]
     if options.limit is not None:
         train = _limited(train, options.limit, num_classes, options.split_seed)
     num_bytes = train.num_bytes + (0 if test is None else test.num_bytes)
@@ -151,7 +152,6 @@ def assemble(
         fill=tuple(round(255 * mean) for mean in normalise.mean),
         flip=flip if options.flip is None else options.flip,
     )
-    digests = [train.digest(), "" if test is None else test.digest()]
     return Data(
         train=TrainBatches(
             train,
