@@ -228,6 +228,18 @@ def test_bf16_pre_training_runs_and_keeps_fp32_weights():
     assert 0 < global_error(net.parameters(), plain.parameters()) < 0.05
 
 
+def test_dropout_masks_depend_on_the_seed_and_the_position_alone():
+    net = micro_supernet(dropout=0.5)
+    images, labels = synthetic_data().train.batch(0, 6)
+    plan = Plan(net.space.as_archs(["012", "120"]))
+
+    def loss(seed, position):
+        return PathTrainer(net, lr=0.0, seed=seed).update(plan, images, labels, position=position)
+
+    assert loss(0, 3) == loss(0, 3)
+    assert len({loss(seed, position) for seed in (0, 1) for position in (3, 4)}) == 4
+
+
 def test_random_modules_before_the_head_are_refused_where_paths_share_them():
     blocks = [[torch.nn.Dropout(0.3), torch.nn.Identity()], [torch.nn.Conv2d(6, 6, 1)]]
     net = chain_supernet(blocks=blocks)
