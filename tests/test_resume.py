@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -50,8 +51,8 @@ for line in sys.stdin:
             print(count)
         sys.stdout.flush()
         os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("pid", child, flush=True)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 # Small, since what is tested is the order of files and not what is in them.
@@ -94,10 +95,24 @@ class Zygote:
         task = {"argv": argv, "out": str(out), "kill": kill, "count": count or kill > 0}
         self.process.stdin.write(json.dumps({**task, "log": str(self.log)}) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return self.read("pid")
 
     def wait(self) -> int:
-        return int(self.process.stdout.readline())
+        return self.read("code")
+
+    def read(self, what: str) -> int:
+        """Read on to the line that says this; one that a failed test left is passed over."""
+        for line in self.process.stdout:
+            name, _, number = line.partition(" ")
+            if name == what:
+                return int(number)
+        raise AssertionError(f"the zygote ended without a {what}")
+
+    def signal(self, child: int, number: int) -> None:
+        """Signal a child, which may have ended by itself."""
+        assert child > 1
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
 
     def run(self, argv: list[str], *, out: Path, kill: int = 0, count: bool = False) -> int:
         self.start(argv, out=out, kill=kill, count=count)
@@ -172,7 +187,7 @@ def test_a_search_killed_again_and_again_by_the_clock_ends_the_same(zygote, unbr
             seen.add(latest.read_bytes() if latest.exists() else b"")
             time.sleep(0.001)
         time.sleep(wait.uniform(0.0, 0.1))
-        os.kill(child, signal.SIGKILL)
+        zygote.signal(child, signal.SIGKILL)
         code = zygote.wait()
         if (out / "result.json").exists():
             break
@@ -188,7 +203,7 @@ def test_sigterm_saves_the_state_and_leaves_with_three(zygote, unbroken, tmp_pat
     for stage in ("pretrain", "search"):
         child = zygote.start(search(out, "--resume"), out=out)
         wait_until(lambda stage=stage: is_in(out, stage))
-        os.kill(child, signal.SIGTERM)
+        zygote.signal(child, signal.SIGTERM)
         assert zygote.wait() == 3, zygote.said()
         assert "--resume" in zygote.said()
         assert not (out / "result.json").exists()
