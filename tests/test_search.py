@@ -563,6 +563,26 @@ def test_a_failed_score_never_wins_and_is_counted(monkeypatch):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_an_architecture_that_fails_under_the_final_weights_is_not_the_best(monkeypatch):
+    _fake(monkeypatch, lambda arch: (sum(arch) / 10, 1.0))
+    _, _, plain = _run("accumulate")
+    best = plain.best.arch
+    real = Evaluator.evaluate
+
+    def evaluate(self, archs):
+        scores = real(self, archs)
+        if self.supernet.version == 4:
+            rows = self.supernet.space.as_archs(archs)
+            failed = (rows == np.array(best)).all(axis=1)
+            scores.errors[failed] = scores.losses[failed] = math.nan
+        return scores
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    _, _, result = _run("accumulate")
+    assert result.best.arch != best
+    assert best not in {scored.arch for scored in (*result.top, *result.pareto)}
+
+
 def test_a_search_whose_every_score_fails_ends_with_no_winner(monkeypatch, tmp_path):
     _fake(monkeypatch, lambda arch: (math.nan, math.nan))
     _, _, result = _run("accumulate", tmp_path)
