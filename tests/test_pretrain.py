@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import Counter
 
 import numpy as np
@@ -36,6 +37,7 @@ OPTIONS = {"steps": 5, "batch_size": 6, "lr": 0.05, "warmup_steps": 2, "clip_nor
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an extra
 
 
 def _run(out=None, net=None, data=None, **options):

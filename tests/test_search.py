@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ TOY = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
-    """Durability has tests of its own; here thousands of syncs would only take time."""
+    """Durability and TensorBoard have tests of their own; here they would only take time."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an extra
 
 
 def _data(**options):

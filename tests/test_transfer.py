@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an extra
 
 
 @pytest.fixture(scope="module")
