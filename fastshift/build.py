@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import yaml
 
+from fastshift import checkpoint, spaces
 from fastshift import data as data_module
-from fastshift import spaces
 from fastshift.config import Config
 from fastshift.errors import ConfigError, FastShiftError, SpaceError
 from fastshift.settings import PlaceOptions
+from fastshift.single_path import fresh_path
 from fastshift.space import SearchSpace
-from fastshift.supernet import Supernet
+from fastshift.supernet import ChainSupernet, Supernet
 from fastshift.versions import versions
-from fastshift.weights import load_supernet
+from fastshift.weights import is_described, restored
 
 __all__ = [
     "BACKENDS",
@@ -33,10 +34,15 @@ __all__ = [
     "load_space",
     "load_weights",
     "memory_format",
+    "new_supernet",
     "of_the_user",
     "open_run",
     "place",
+    "saved_supernet",
+    "shape_of",
 ]
+
+_SHAPE = ("in_channels", "image_size", "num_classes")
 
 # Implementations of the population layer, and why one would not run here; None for one that does.
 BACKENDS = {
@@ -67,7 +73,7 @@ def check_backend() -> None:
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
 
 
-def check_ema(policy: str, supernet: Supernet, *, moves: bool = False) -> None:
+def check_ema(policy: str, supernet: ChainSupernet, *, moves: bool = False) -> None:
     """Refuse `ema` statistics where no shift step made any, and none will."""
     if policy == "ema" and not supernet.ema and not moves:
         raise ConfigError(
@@ -107,8 +113,7 @@ def load_data(config: Config) -> Any:
     return data_module.load(config["data"], **options)
 
 
-def load_space(config: Config, data: Any) -> SearchSpace:
-    """The space that `--space` names, for the data's images and classes."""
+def _space_options(config: Config) -> dict[str, int | float | str]:
     options = {}
     for part in (config["space_options"] or "").split(","):
         name, separator, value = part.partition("=")
@@ -116,8 +121,50 @@ def load_space(config: Config, data: Any) -> SearchSpace:
             options[name.strip()] = _number(value.strip())
         elif part:
             raise ConfigError(f"space_options: {part!r}; expected NAME=VALUE")
-    shape = {name: getattr(data, name) for name in ("image_size", "num_classes", "in_channels")}
-    return spaces.load(config["space"], **{**shape, **options})
+    return options
+
+
+def shape_of(data: Any) -> dict[str, int]:
+    """What a space has to be made for: the data's images and classes."""
+    return {name: getattr(data, name) for name in _SHAPE}
+
+
+def load_space(config: Config, data: Any) -> SearchSpace:
+    """The space that `--space` names, for the data's images and classes."""
+    return spaces.load(config["space"], **{**shape_of(data), **_space_options(config)})
+
+
+def new_supernet(config: Config, shape: Mapping[str, int], seed: int) -> ChainSupernet:
+    """The supernet that `--space` names, its weights drawn from this seed alone.
+
+    Args:
+        config: of a verb with these options.
+        shape: `image_size`, `num_classes` and `in_channels`.
+        seed: of the weights; a function that draws its own or loads some decides itself.
+
+    Raises:
+        SpaceError: it cannot be made, or a supernet of modules is not of this shape.
+    """
+    spec = config["space"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = spaces.make(spec, **{**shape, **_space_options(config)})
+    if isinstance(made, SearchSpace):
+        return fresh_supernet(made, seed)
+    if not isinstance(made, ChainSupernet):
+        raise SpaceError(f"space {spec!r}: expected a ChainSupernet, got {type(made).__name__}")
+    if made.space.image_size is None:
+        raise SpaceError(
+            f"space {spec!r}: a ChainSupernet without input_shape; expected "
+            "input_shape=(in_channels, image_size, image_size), by which FLOPs are counted"
+        )
+    for name, wanted in shape.items():
+        if getattr(made.space, name) != wanted:
+            raise SpaceError(
+                f"space {spec!r}: a ChainSupernet with {name} {getattr(made.space, name)}; "
+                f"expected {wanted}, as it was asked for"
+            )
+    return made
 
 
 def _number(text: str) -> int | float | str:
@@ -138,7 +185,41 @@ def fresh_supernet(space: SearchSpace, seed: int) -> Supernet:
         return Supernet(space)
 
 
-def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> Supernet:
+def saved_supernet(
+    config: Config, *, image_size: int | None = None
+) -> tuple[ChainSupernet, dict[str, Any]]:
+    """The supernet that `--supernet` names, and what was saved with it.
+
+    One of modules is made by the function that `--space` names, which must be the one that made it
+    before; a retrained one holds a single architecture of it.
+
+    Args:
+        config: of a verb with these options.
+        image_size: count costs for images of this size; the saved one by default.
+
+    Raises:
+        CheckpointError: the file is unusable, or of another space than the function makes.
+        ConfigError: it is of modules, and `--space` is missing.
+    """
+    path = config["supernet"]
+    tensors, meta = checkpoint.load_supernet(path)
+    into = None
+    if not is_described(meta):
+        if config["space"] is None:
+            raise ConfigError(
+                f"supernet {path!r}: of modules, which no file describes; expected --space "
+                "FILE.py:FUNCTION with the function that made it"
+            )
+        shape = {name: meta["space"][name] for name in _SHAPE}
+        if image_size is not None:
+            shape["image_size"] = image_size
+        into = new_supernet(config, shape, seed=0)
+        if "arch" in meta:
+            into = fresh_path(into, meta["arch"], seed=0)
+    return restored(path, tensors, meta, image_size=image_size, into=into), meta
+
+
+def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> ChainSupernet:
     """The supernet that `--supernet` names, checked against the data and `--space`.
 
     Args:
@@ -150,10 +231,10 @@ def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> Supe
         SpaceError: it is of another space, or does not fit the data.
     """
     path = config["supernet"]
-    supernet, meta = load_supernet(path, image_size=data.image_size if fresh_head else None)
+    supernet, meta = saved_supernet(config, image_size=data.image_size if fresh_head else None)
     space = supernet.space
     _check_split(path, meta.get("data") or {}, data.describe())
-    for name in ("in_channels", "image_size", "num_classes"):
+    for name in _SHAPE:
         own, given = getattr(space, name), getattr(data, name)
         if own == given or (fresh_head and name == "num_classes"):
             continue
@@ -161,7 +242,7 @@ def load_weights(config: Config, data: Any, *, fresh_head: bool = False) -> Supe
         raise SpaceError(
             f"supernet {path!r}: its space has {name} {own}, the data have {given}{hint}"
         )
-    if config.values.get("space") is not None:
+    if config["space"] is not None and space.blocks:  # of modules, it has been compared already
         asked = load_space(config, data)
         same = asked.fingerprint() == space.fingerprint()
         if fresh_head:
@@ -185,7 +266,7 @@ def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -
             )
 
 
-def place(config: Config, supernet: Supernet) -> Supernet:
+def place(config: Config, supernet: ChainSupernet) -> ChainSupernet:
     """Move a supernet to its device and memory format; on a GPU, fp32 is fp32 and runs repeat."""
     device = device_of(config)
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -17,14 +18,14 @@ from fastshift.build import (
     check_backend,
     check_ema,
     device_of,
-    fresh_supernet,
     load_data,
-    load_space,
     load_weights,
     memory_format,
+    new_supernet,
     of_the_user,
     open_run,
     place,
+    shape_of,
 )
 from fastshift.config import Config
 from fastshift.durable import replace_file
@@ -34,8 +35,9 @@ from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
 from fastshift.retrain import Retrained, RetrainOptions, retrain
 from fastshift.search import Search, SearchOptions
 from fastshift.settings import ConstraintOptions
+from fastshift.single_path import check_resets, fresh_path
 from fastshift.space import SearchSpace
-from fastshift.supernet import Supernet
+from fastshift.supernet import ChainSupernet
 from fastshift.weights import save_supernet
 
 __all__ = ["DONE", "INTERRUPTED", "RUNS", "chosen_arch"]
@@ -72,7 +74,7 @@ def _pretrain(config: Config, stop: Stop) -> int:
     goes_on = open_run(config)
     data = load_data(config)
     options = config.part(PretrainOptions)
-    supernet = place(config, fresh_supernet(load_space(config, data), config["seed"]))
+    supernet = place(config, new_supernet(config, shape_of(data), config["seed"]))
     begin_run(config, goes_on)
     result = _train(config, supernet, data, options, stop)
     if result.stopped:
@@ -83,7 +85,7 @@ def _pretrain(config: Config, stop: Stop) -> int:
 
 
 def _train(
-    config: Config, supernet: Supernet, data: Any, options: PretrainOptions, stop: Stop
+    config: Config, supernet: ChainSupernet, data: Any, options: PretrainOptions, stop: Stop
 ) -> PretrainResult:
     return pretrain(
         supernet,
@@ -118,11 +120,13 @@ def _search(config: Config, stop: Stop) -> int:
             supernet.reset_head(data.num_classes, seed=config["seed"])
     else:
         pretraining = config.part(PretrainOptions)
-        supernet = fresh_supernet(load_space(config, data), config["seed"])
+        supernet = new_supernet(config, shape_of(data), config["seed"])
     common = {"seed": config["seed"], "precision": config["precision"], "fresh_head": transfers}
     with of_the_user():
         # Before any work and any trace: every option is tried on a supernet to throw away.
-        Search(fresh_supernet(supernet.space, 0), data, options, **common)
+        Search(copy.deepcopy(supernet), data, options, **common)
+    if config["retrain_check"]:
+        check_resets(supernet)
     check_ema(options.batch_norm or options.default_batch_norm, supernet, moves=options.moves)
     place(config, supernet)
     begin_run(config, goes_on)
@@ -181,7 +185,7 @@ def _retrain_check(
         text = space.format(arch)
         if not config["quiet"]:
             print(f"retraining {text}, {index + 1} of {len(archs)}", file=sys.stderr, flush=True)
-        trained = _train_alone(config, space, arch, search.data, options, stop)
+        trained = _train_alone(config, search.supernet, arch, search.data, options, stop)
         if trained.test_error is None:
             return None
         rows.append(
@@ -199,7 +203,7 @@ def _retrain_check(
 
 def _train_alone(
     config: Config,
-    space: SearchSpace,
+    supernet: ChainSupernet,
     arch: Any,
     data: Any,
     options: RetrainOptions,
@@ -207,7 +211,7 @@ def _train_alone(
     **run: Any,
 ) -> Retrained:
     return retrain(
-        space,
+        supernet,
         arch,
         data,
         options=options,
@@ -271,16 +275,18 @@ def _retrain(config: Config, stop: Stop) -> int:
         return _show_retrained(_read_json(path))
     data = load_data(config)
     if config["supernet"] is None:
-        space = load_space(config, data)
+        supernet = new_supernet(config, shape_of(data), config["seed"])
     else:
-        space = load_weights(config, data).space
+        supernet = load_weights(config, data)
+    space = supernet.space
     arch = chosen_arch(config, space)
     options = config.part(RetrainOptions)
     device_of(config)
+    fresh_path(supernet, arch, config["seed"])  # tried before any trace
     begin_run(config, goes_on)
     trained = _train_alone(
         config,
-        space,
+        supernet,
         arch,
         data,
         options,

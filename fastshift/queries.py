@@ -24,6 +24,7 @@ from fastshift.build import (
     load_weights,
     of_the_user,
     place,
+    saved_supernet,
 )
 from fastshift.commands import DONE, chosen_arch
 from fastshift.config import Config
@@ -43,7 +44,6 @@ from fastshift.settings import (
 from fastshift.space import SearchSpace
 from fastshift.tables import ScoreTable, read_scores, write_scores
 from fastshift.versions import versions
-from fastshift.weights import load_supernet
 
 __all__ = ["QUERIES"]
 
@@ -194,7 +194,7 @@ def _rank(config: Config) -> int:
 def _export(config: Config) -> int:
     config.require("supernet", "out")
     options = config.part(ExportOptions)
-    supernet, meta = load_supernet(config["supernet"])
+    supernet, meta = saved_supernet(config)
     space = supernet.space
     if "arch" in meta:  # of one architecture, as `fastshift retrain` leaves it
         if config["arch"] not in (None, "best", meta["arch"]):
@@ -256,13 +256,15 @@ def _spaces(config: Config) -> int:
     for name in names:
         space = spaces.load(name, **shape)
         facts = space.describe()
+        size = facts["image_size"]  # None: modules without an input_shape, FLOPs not counted
+        images = "" if size is None else f"{facts['in_channels']}x{size}x{size} images, "
         print(
             f"{facts['name']}: {facts['num_blocks']} choice blocks, {facts['size']:,} "
-            f"architectures, {facts['in_channels']}x{facts['image_size']}x{facts['image_size']} "
-            f"images, {facts['num_classes']} classes"
+            f"architectures, {images}{facts['num_classes']} classes"
         )
         for metric, costs in facts["costs"].items():
-            print(f"  {metric:6} {costs['smallest']:,} to {costs['largest']:,}")
+            if costs["largest"]:
+                print(f"  {metric:6} {costs['smallest']:,} to {costs['largest']:,}")
         if options.name is not None:
             _print_blocks(space)
     return DONE

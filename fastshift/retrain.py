@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastshift.errors import ConfigError, DataError, SpaceError
+from fastshift.errors import ConfigError, DataError
 from fastshift.pretrain import PretrainOptions, _with_overrides, pretrain
+from fastshift.single_path import fresh_path, single_path
 from fastshift.space import SearchSpace
-from fastshift.supernet import Supernet
+from fastshift.supernet import ChainSupernet
 
 __all__ = ["RetrainOptions", "Retrained", "retrain", "single_path", "top1_error"]
 
@@ -84,7 +85,7 @@ class Retrained:
     """
 
     net: nn.Module
-    path: Supernet
+    path: ChainSupernet
     test_error: float | None
     loss: float
     steps: int
@@ -92,36 +93,8 @@ class Retrained:
     stopped: str | None = None
 
 
-def single_path(space: SearchSpace, arch: Sequence[int] | str | np.ndarray) -> SearchSpace:
-    """Make the space of one architecture alone, its batch norms affine.
-
-    Args:
-        space: the architecture's, described by units.
-        arch: choices, `[L]`, or their string.
-
-    Returns:
-        A space of as many blocks, each with one choice.
-
-    Raises:
-        ArchError: `arch` is not in the space.
-        SpaceError: the space has no description.
-    """
-    if not space.blocks:
-        raise SpaceError(f"space {space.name!r} has no description to build a network from")
-    row = space.as_archs([arch] if isinstance(arch, str) else np.asarray(arch))[0]
-    return SearchSpace(
-        f"{space.name}/{space.format(row)}",
-        stem=space.stem,
-        blocks=[[block[choice]] for block, choice in zip(space.blocks, row.tolist(), strict=True)],
-        head=space.head,
-        in_channels=space.in_channels,
-        image_size=space.image_size,
-        affine=True,
-    )
-
-
 def retrain(
-    space: SearchSpace,
+    space: SearchSpace | ChainSupernet,
     arch: Sequence[int] | str | np.ndarray,
     data: Any,
     epochs: int | None = None,
@@ -140,12 +113,13 @@ def retrain(
 ) -> Retrained:
     """Train one architecture from scratch on the training part, and test it.
 
-    Its weights are drawn anew and nothing is inherited; batch norms are affine whatever those of
-    the supernet are. The result is a function of the arguments alone. The test set is used once,
-    after the last step.
+    Its weights are drawn anew and nothing is inherited; batch norms of a described space are affine
+    whatever those of the supernet are. The result is a function of the arguments alone. The test
+    set is used once, after the last step.
 
     Args:
-        space: the architecture's.
+        space: the architecture's, or its supernet; of modules the supernet is needed, whose own
+            `reset_parameters` draw the weights.
         arch: choices, `[L]`, or their string.
         data: with `train.batch`, `train.num_images` and `test` batches.
         epochs: passes over the training part; overrides the options'.
@@ -169,16 +143,14 @@ def retrain(
         ConfigError: an option is unknown or unusable.
         DataError: there is no test set.
         NonFiniteLossError: three losses in a row were not finite; the state was saved.
+        SpaceError: a space without a description, or a module that cannot draw its weights anew.
     """
     if epochs is not None:
         overrides["epochs"] = epochs
     options = _with_overrides(options or RetrainOptions(), overrides)
     if data.test is None:
         raise DataError(f"data {data.spec!r}: no test set, expected one to test the network on")
-    alone = single_path(space, arch)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        path = Supernet(alone)
+    path = fresh_path(space, arch, seed)
     path.to(device=device, memory_format=memory_format)
     trained = pretrain(
         path,
@@ -193,7 +165,7 @@ def retrain(
         quiet=quiet,
         what="retrain",
     )
-    net = path.subnet(np.zeros(alone.num_blocks, np.uint8))
+    net = path.subnet(np.zeros(path.space.num_blocks, np.uint8))
     return Retrained(
         net=net,
         path=path,

@@ -94,7 +94,8 @@ class SpaceOptions:
     """The search space; image size, channels and classes come from the data.
 
     Attributes:
-        space: a ready-made space's name, or `FILE.py:FUNCTION`.
+        space: a ready-made space's name, or `FILE.py:FUNCTION`, which returns a `SearchSpace` or a
+            `ChainSupernet`; a saved supernet of modules needs the function that made it.
         space_options: further arguments of the space, such as `width=0.5`, separated by commas.
     """
 
@@ -248,7 +249,7 @@ class ListOptions:
     """What to list.
 
     Attributes:
-        name: one space, block by block; all by default.
+        name: one space, or `FILE.py:FUNCTION`, block by block; all by default.
         image_size: of the images; the published size by default.
         num_classes: likewise.
         in_channels: likewise.

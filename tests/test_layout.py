@@ -36,6 +36,7 @@ ORDER = (
     "versions",
     "checkpoint",
     "weights",
+    "single_path",
     "pretrain",
     "shift",
     "result",

@@ -15,7 +15,7 @@ from fastshift.spaces.digits import digits
 from fastshift.spaces.nasbench_macro import nasbench_macro
 from fastshift.spaces.shufflenet_v2 import shufflenet_v2
 
-__all__ = ["build", "digits", "load", "names", "nasbench_macro", "shufflenet_v2"]
+__all__ = ["build", "digits", "load", "make", "names", "nasbench_macro", "shufflenet_v2"]
 
 _BUILDERS: dict[str, Callable[..., SearchSpace]] = {
     "digits": digits,
@@ -29,7 +29,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_BUILDERS))
 
 
-def _call(name: str, builder: Callable[..., SearchSpace], kwargs: dict[str, Any]) -> SearchSpace:
+def _call(name: str, builder: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     signature = inspect.signature(builder)
     try:
         signature.bind(**kwargs)
@@ -58,14 +58,33 @@ def build(name: str, **kwargs: Any) -> SearchSpace:
 def load(spec: str, **kwargs: Any) -> SearchSpace:
     """Make a ready-made space, or one that a function in the user's file returns.
 
-    A file is executed, so `spec` must come from the user and never from a checkpoint.
+    Of a function that returns a supernet it is the supernet's space.
 
     Args:
         spec: one of `names()`, or `path/to/file.py:function`.
         **kwargs: handed to the function.
 
     Raises:
-        SpaceError: unknown name, missing file or function, or what it returns is no `SearchSpace`.
+        SpaceError: as `make` does.
+    """
+    made = make(spec, **kwargs)
+    return made if isinstance(made, SearchSpace) else made.space
+
+
+def make(spec: str, **kwargs: Any) -> Any:
+    """Make a ready-made space, or what a function in the user's file returns.
+
+    A file is executed, so `spec` must come from the user and never from a checkpoint.
+
+    Args:
+        spec: one of `names()`, or `path/to/file.py:function`.
+        **kwargs: handed to the function.
+
+    Returns:
+        A `SearchSpace`, or a supernet: an object with a space as its attribute `space`.
+
+    Raises:
+        SpaceError: unknown name, missing file or function, or what it returns is neither.
     """
     file, separator, function = str(spec).rpartition(":")
     if not separator or not file.endswith(".py"):
@@ -85,11 +104,13 @@ def load(spec: str, **kwargs: Any) -> SearchSpace:
         builder = getattr(module, function, None)
         if not callable(builder):
             raise SpaceError(f"space {spec!r}: {file} has no function {function!r}")
-        space = _call(spec, builder, kwargs)
+        made = _call(spec, builder, kwargs)
     except FastShiftError:
         raise
     except Exception as error:  # the user's own code: anything can come out of it
         raise SpaceError(f"space {spec!r}: {file} fails with {error!r}") from error
-    if not isinstance(space, SearchSpace):
-        raise SpaceError(f"space {spec!r}: expected a SearchSpace, got {type(space).__name__}")
-    return space
+    if not isinstance(getattr(made, "space", made), SearchSpace):
+        raise SpaceError(
+            f"space {spec!r}: expected a SearchSpace or a ChainSupernet, got {type(made).__name__}"
+        )
+    return made
