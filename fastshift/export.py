@@ -265,9 +265,9 @@ def _program(net: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     try:
         program = torch.export.export(net, (example,), dynamic_shapes=({0: batch},))
-    except RuntimeError as error:
+    except Exception as error:  # of a user's module under the tracer: anything can come out of it
         raise CheckpointError(
-            f"torch.export cannot trace the network: {str(error).splitlines()[0]}"
+            f"torch.export cannot trace the network: {_first_line(error)}"
         ) from error
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
@@ -278,6 +278,13 @@ def _program(net: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
                     "plain subnet"
                 )
     return program
+
+
+def _first_line(error: BaseException) -> str:
+    """What is wrong, in the words of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _write_torch(
@@ -321,13 +328,15 @@ def _write_onnx(
     net: nn.Module, path: Path, example: Tensor, facts: str
 ) -> Callable[[Tensor], Tensor]:
     onnx, onnxruntime = _import_onnx()
-    exported = torch.onnx.export(
-        _program(net, example),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
+    program = _program(net, example)
+    try:
+        exported = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"torch.onnx cannot convert the network: {_first_line(error)}"
+        ) from error
     model = exported.model_proto
     graph = model.graph
     described = (graph, *graph.node, *graph.input, *graph.output, *graph.value_info)

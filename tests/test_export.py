@@ -199,6 +199,38 @@ def test_a_network_that_calls_our_operators_is_refused_as_a_torch_file(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+class Branches(nn.Module):
+    """Decides by its values, which no exported program can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Bessel(nn.Module):
+    """Uses an operator that ONNX has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+@pytest.mark.parametrize(
+    ("format", "module", "says"),
+    [
+        ("torch", Branches(), "torch.export cannot trace the network: .*data-dependent"),
+        ("onnx", Bessel(), "torch.onnx cannot convert the network: .*bessel_j0"),
+    ],
+    ids=["torch", "onnx"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_a_format_cannot_hold_is_refused(
+    format: str, module: nn.Module, says: str, tmp_path: Path
+) -> None:
+    net = nn.Sequential(module, nn.Flatten(), nn.Linear(192, 2))
+    with pytest.raises(CheckpointError, match=says):
+        export(net, "0", tmp_path, format=format, input_shape=SHAPE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_whose_logits_differ_never_appears(
     net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
