@@ -267,13 +267,19 @@ def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -
 
 
 def place(config: Config, supernet: ChainSupernet) -> ChainSupernet:
-    """Move a supernet to its device and memory format; on a GPU, fp32 is fp32 and runs repeat."""
+    """Move a supernet to its device and, where `--layout` is an option, to its memory format.
+
+    On a GPU, fp32 is fp32 and runs repeat.
+    """
     device = device_of(config)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-    return supernet.to(device=device, memory_format=memory_format(config))
+    supernet.to(device=device)
+    if "layout" in config.values:
+        supernet.to(memory_format=memory_format(config))
+    return supernet
 
 
 # What a run leaves in its directory from the start on.

@@ -30,7 +30,7 @@ from fastshift.build import (
 from fastshift.config import Config
 from fastshift.durable import replace_file
 from fastshift.errors import ConfigError, MissingExtraError
-from fastshift.population import Evolution
+from fastshift.population import Evolution, FeasibleSampler
 from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
 from fastshift.retrain import Retrained, RetrainOptions, retrain
 from fastshift.search import Search, SearchOptions
@@ -73,8 +73,10 @@ def _pretrain(config: Config, stop: Stop) -> int:
     config.require("out", "space", "data")
     goes_on = open_run(config)
     data = load_data(config)
-    options = config.part(PretrainOptions)
+    constraints = config.part(ConstraintOptions).given()
+    options = config.part(PretrainOptions, constraints=constraints)
     supernet = place(config, new_supernet(config, shape_of(data), config["seed"]))
+    FeasibleSampler(supernet.space, constraints)  # refuses what cannot be met before any trace
     begin_run(config, goes_on)
     result = _train(config, supernet, data, options, stop)
     if result.stopped:

@@ -27,6 +27,7 @@ from fastshift.settings import (
     ListOptions,
     OutputOptions,
     PlaceOptions,
+    QuietOptions,
     RankOptions,
     ReportOptions,
     RunOptions,
@@ -41,6 +42,7 @@ _MAY_DIFFER = (*_UNSAVED, "out", "checkpoint_seconds", "report")
 
 _RUN = Section(RunOptions, "run")
 _OUTPUT = Section(OutputOptions, "output")
+_QUIET = Section(QuietOptions, "output")
 _PLACE = Section(PlaceOptions, "computing")
 _SPACE = Section(SpaceOptions, "space")
 _SUPERNET = Section(SupernetOptions, "weights")
@@ -54,7 +56,15 @@ _END = (
 )
 
 VERBS: dict[str, tuple[Section, ...]] = {
-    "pretrain": (_RUN, _SPACE, _DATA, Section(PretrainOptions, "training"), _PLACE, _IMAGES),
+    "pretrain": (
+        _RUN,
+        _SPACE,
+        _DATA,
+        Section(PretrainOptions, "training", hidden=("constraints",)),
+        _CONSTRAINTS,
+        _PLACE,
+        _IMAGES,
+    ),
     "search": (
         _RUN,
         _SPACE,
@@ -62,7 +72,12 @@ VERBS: dict[str, tuple[Section, ...]] = {
         _SUPERNET,
         _CONSTRAINTS,
         _SEARCH,
-        Section(PretrainOptions, "pre-training, where no supernet is given", prefix="pretrain_"),
+        Section(
+            PretrainOptions,
+            "pre-training, where no supernet is given",
+            prefix="pretrain_",
+            hidden=("constraints",),
+        ),
         *_END,
         _PLACE,
         _IMAGES,
@@ -106,11 +121,12 @@ VERBS: dict[str, tuple[Section, ...]] = {
         Section(ArchOptions, "architecture"),
         _DATA,
         Section(ExportOptions, "export"),
+        Section(PlaceOptions, "computing", hidden=("precision", "layout")),
         _IMAGES,
     ),
-    "report": (Section(ReportOptions, "report"),),
-    "spaces": (Section(ListOptions, "spaces"),),
-    "info": (),
+    "report": (Section(ReportOptions, "report"), _QUIET),
+    "spaces": (Section(ListOptions, "spaces"), _QUIET),
+    "info": (_QUIET,),
 }
 
 

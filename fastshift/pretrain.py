@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError
 from fastshift.evaluator import precision_scope
 from fastshift.optim import PathSGD
 from fastshift.progress import Progress, Scalars
+from fastshift.sampler import FeasibleSampler
 from fastshift.space import SearchSpace
 from fastshift.steps import refuse_random_trunk, train_step
 from fastshift.supernet import ChainSupernet
@@ -68,6 +69,8 @@ class PretrainOptions:
         warmup_steps: steps in which the rate rises linearly from zero.
         label_smoothing: of the cross-entropy.
         clip_norm: largest norm of the whole gradient; None leaves it.
+        constraints: bounds by metric, as `space.parse_constraints` takes them; paths are then
+            uniform among the architectures that meet them. `fair` takes none.
     """
 
     steps: int = 2000
@@ -82,6 +85,7 @@ class PretrainOptions:
     warmup_steps: int = 0
     label_smoothing: float = 0.1
     clip_norm: float | None = None
+    constraints: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -89,6 +93,11 @@ class PretrainOptions:
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"schedule: {self.schedule!r}; expected one of {', '.join(SCHEDULES)}"
+            )
+        if self.sampler == "fair" and self.constraints:
+            raise ConfigError(
+                "sampler: 'fair'; expected uniform with constraints, since a strictly fair step "
+                "trains every choice whatever it costs"
             )
         for name in ("steps", "batch_size", "paths_per_step"):
             value = getattr(self, name)
@@ -136,7 +145,13 @@ class PretrainResult:
     stopped: str | None = None
 
 
-def sample_paths(space: SearchSpace, options: PretrainOptions, seed: int, step: int) -> np.ndarray:
+def sample_paths(
+    space: SearchSpace,
+    options: PretrainOptions,
+    seed: int,
+    step: int,
+    feasible: FeasibleSampler | None = None,
+) -> np.ndarray:
     """The paths of one step, a function of seed and step alone.
 
     Args:
@@ -144,11 +159,20 @@ def sample_paths(space: SearchSpace, options: PretrainOptions, seed: int, step: 
         options: the sampler.
         seed: of the run.
         step: counted from 0.
+        feasible: of the options' constraints; made here where it is not given.
 
     Returns:
         `[paths_per_step, L]` uint8 for `uniform`, `[max choices, L]` for `fair`.
+
+    Raises:
+        ConstraintError: no architecture meets the constraints.
     """
     rng = np.random.default_rng([seed, 0x9A7, step])
+    if options.constraints:
+        feasible = feasible or FeasibleSampler(space, options.constraints)
+        words = rng.integers(1, 1 << 64, 4, dtype=np.uint64).tolist()
+        feasible.load_state_dict(feasible.state_dict() | {"rng": words})
+        return feasible.sample(options.paths_per_step)
     if options.sampler == "uniform":
         shape = (options.paths_per_step, space.num_blocks)
         return rng.integers(0, space.num_choices, shape).astype(np.uint8)
@@ -350,6 +374,7 @@ def pretrain(
         ConfigError: an option is unknown or unusable.
         CheckpointError: the directory holds a run and `resume` is false, or its checkpoint is
             damaged or belongs to another run.
+        ConstraintError: a constraint is malformed, or no architecture satisfies it.
         NonFiniteLossError: three losses in a row were not finite; the state was saved.
     """
     if steps is not None:
@@ -369,12 +394,18 @@ def pretrain(
         seed=seed,
         precision=precision,
     )
+    feasible = None
+    if options.constraints:
+        feasible = FeasibleSampler(supernet.space, options.constraints)
     # An earlier shift's averages are of weights that are about to go.
     supernet.ema.clear()
     step, recent = 0, []
     identity = {"stage": what, "seed": seed, "space": supernet.space.fingerprint()}
-    described = json.loads(json.dumps(getattr(data, "describe", dict)()))
-    identity |= {"data": described, "precision": precision, "options": asdict(options)}
+    identity |= {"data": getattr(data, "describe", dict)()}
+    identity |= {"precision": precision, "options": asdict(options)}
+    if not options.constraints:  # runs from before there were any go on too
+        del identity["options"]["constraints"]
+    identity = json.loads(json.dumps(identity))
 
     def save() -> None:
         if out is not None:
@@ -408,7 +439,7 @@ def pretrain(
             if stop():
                 stopped = "interrupted"
                 break
-            paths = sample_paths(supernet.space, options, seed, step)
+            paths = sample_paths(supernet.space, options, seed, step, feasible)
             images, labels = data.train.batch(step, options.batch_size, "pretrain")
             lr = options.lr_at(step)
             try:

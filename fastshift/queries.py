@@ -20,6 +20,7 @@ from fastshift.build import (
     BACKENDS,
     check_backend,
     check_ema,
+    device_of,
     load_data,
     load_weights,
     of_the_user,
@@ -193,6 +194,7 @@ def _rank(config: Config) -> int:
 
 def _export(config: Config) -> int:
     config.require("supernet", "out")
+    device_of(config)
     options = config.part(ExportOptions)
     supernet, meta = saved_supernet(config)
     space = supernet.space
@@ -208,7 +210,7 @@ def _export(config: Config) -> int:
         config.require("arch", "data")
         arch = chosen_arch(config, space)
         data = load_data(config)
-        supernet = load_weights(config, data)
+        supernet = place(config, load_weights(config, data))
         check_ema(options.batch_norm, supernet)
         net = supernet.subnet(
             arch,

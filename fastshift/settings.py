@@ -17,6 +17,7 @@ __all__ = [
     "ListOptions",
     "OutputOptions",
     "PlaceOptions",
+    "QuietOptions",
     "RankOptions",
     "ReportOptions",
     "RunOptions",
@@ -67,6 +68,17 @@ class OutputOptions:
     quiet: bool = False
 
     __post_init__ = RunOptions.__post_init__
+
+
+@dataclass(frozen=True)
+class QuietOptions:
+    """What is said beside the answer.
+
+    Attributes:
+        quiet: show no progress; of these verbs none has any, so it changes nothing.
+    """
+
+    quiet: bool = False
 
 
 @dataclass(frozen=True)

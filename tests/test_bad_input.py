@@ -158,8 +158,10 @@ def test_an_option_out_of_range_is_refused_by_name_before_anything_is_written(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(refused, space, tmp_path):
+def test_a_gpu_that_is_not_there_is_refused(refused, space, supernet, tmp_path):
     refused(*search(space, tmp_path / "run", "--device=cuda"), says="device: 'cuda'")
+    argv = ["export", f"--supernet={supernet}", "--arch=0101", *IMAGES, f"--out={tmp_path}"]
+    refused(*argv, "--device=cuda", says="device: 'cuda'")
 
 
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(
@@ -274,6 +276,24 @@ def test_a_malformed_or_infeasible_constraint_is_refused_before_pre_training(
 ):
     refused(*search(space, tmp_path / "run", option), says=says)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--sampler=fair", "--flops=60%"], "sampler: 'fair'; expected uniform with constraints"),
+        (["--flops=1"], "no architecture of tiny"),
+        (["--params=lots"], "cannot read 'lots'"),
+        (["--flops=:30%", "--params=90%:"], "no architecture"),
+    ],
+    ids=["fair", "infeasible", "malformed", "together"],
+)
+def test_constraints_that_pre_training_cannot_meet_are_refused(
+    refused, space, tmp_path, options, says
+):
+    out = tmp_path / "run"
+    refused("pretrain", space, *IMAGES, "--steps=2", *options, f"--out={out}", says=says)
+    assert not out.exists()
 
 
 def test_constraints_that_only_together_leave_nothing_are_refused(refused, space, tmp_path):

@@ -169,6 +169,19 @@ def test_options_can_stand_in_a_file_and_a_saved_file_repeats_the_run(run, tmp_p
     assert weights[0] == weights[1]
 
 
+def test_pre_training_can_be_held_within_constraints(space, tmp_path, monkeypatch):
+    asked = []
+
+    def watched(supernet, data, **keywords):
+        asked.append(keywords["options"].constraints)
+        return fs.pretrain(supernet, data, **keywords)
+
+    monkeypatch.setattr("fastshift.commands.pretrain", watched)
+    argv = ["pretrain", space, *IMAGES, f"--out={tmp_path / 'a'}", "--steps=2", "--batch-size=8"]
+    assert main([*argv, "--flops=60%", "--params=:90%"]) == 0
+    assert asked == [{"flops": "60%", "params": ":90%"}]
+
+
 def test_progress_goes_to_standard_error_and_quiet_silences_it(space, tmp_path, capsys):
     images = [word for word in IMAGES if word != "--quiet"]
     argv = ["pretrain", space, *images, f"--out={tmp_path / 'a'}", "--steps=1", "--batch-size=8"]
@@ -344,6 +357,19 @@ def test_an_exported_network_is_the_one_that_was_scored(run, tmp_path, capsys):
     assert facts["mean"] == list(data.mean)
 
 
+def test_an_export_calibrates_on_the_device_that_is_named(run, tmp_path, monkeypatch):
+    placed = []
+
+    def place(config, supernet):
+        placed.append(config["device"])
+        return build.place(config, supernet)
+
+    monkeypatch.setattr("fastshift.queries.place", place)
+    argv = ["export", f"--supernet={run}", "--arch=best", *IMAGES, "--format=safetensors"]
+    assert main([*argv, "--device=cpu", f"--out={tmp_path}"]) == 0
+    assert placed == ["cpu"]
+
+
 def test_an_exported_retrained_network_needs_no_data_and_no_fastshift(retrained, tmp_path):
     argv = ["export", f"--supernet={retrained}", "--quiet", f"--out={tmp_path / 'net.pt2'}"]
     assert main(argv) == 0
@@ -356,6 +382,17 @@ def test_report_writes_the_page_of_a_run(run, capsys):
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"{run}/report.html\n"
     assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("verb", ["report", "spaces", "info"])
+def test_a_verb_without_progress_answers_alike_when_it_should_be_quiet(run, capsys, verb):
+    argv = [verb, str(run)] if verb == "report" else [verb]
+    shown = []
+    for more in ([], ["--quiet"]):
+        assert main([*argv, *more]) == 0
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert shown[1].err == ""
 
 
 # Spaces and the machine

@@ -13,9 +13,16 @@ from torch.nn import functional
 
 from fastshift import pretrain as pretrain_function
 from fastshift.batch_norm import start_ema
-from fastshift.errors import CheckpointError, ConfigError, NonFiniteLossError, SpaceError
+from fastshift.errors import (
+    CheckpointError,
+    ConfigError,
+    ConstraintError,
+    NonFiniteLossError,
+    SpaceError,
+)
 from fastshift.evaluator import Evaluator
 from fastshift.pretrain import PathTrainer, PretrainOptions, pretrain, sample_paths
+from fastshift.sampler import FeasibleSampler
 from fastshift.supernet import ChainSupernet
 from fastshift.testing import (
     chain_supernet,
@@ -84,6 +91,35 @@ def test_fair_paths_use_every_choice_of_every_block_in_every_step():
 def test_paths_are_a_function_of_seed_and_step():
     space, options = tiny_space(), PretrainOptions(paths_per_step=2)
     assert (sample_paths(space, options, 1, 7) == sample_paths(space, options, 1, 7)).all()
+    different = {sample_paths(space, options, s, t).tobytes() for s in range(3) for t in range(9)}
+    assert len(different) > 20
+
+
+def test_constrained_paths_are_uniform_among_the_feasible():
+    space = tiny_space()
+    options = PretrainOptions(paths_per_step=3, constraints={"flops": "60%", "params": ":90%"})
+    paths = np.concatenate([sample_paths(space, options, 0, step) for step in range(1500)])
+    assert paths.shape == (4500, 4)
+    everything = np.array(list(np.ndindex(*space.num_choices.tolist())), np.uint8)
+    feasible = everything[
+        (space.flops(everything) <= 0.6 * space.largest("flops"))
+        & (space.params(everything) <= 0.9 * space.largest("params"))
+    ]
+    assert 1 < len(feasible) < len(everything)
+    found = Counter(map(bytes, paths))
+    assert found.keys() == set(map(bytes, feasible))
+    expected = 4500 / len(feasible)
+    chi_square = sum((count - expected) ** 2 / expected for count in found.values())
+    assert chi_square < len(feasible) + 4 * (2 * len(feasible)) ** 0.5
+
+
+def test_constrained_paths_are_a_function_of_seed_and_step():
+    space, options = tiny_space(), PretrainOptions(paths_per_step=2, constraints={"flops": "60%"})
+    sampler = FeasibleSampler(space, options.constraints, seed=5)
+    sampler.sample(3)
+    for step in (7, 3, 7):
+        own = sample_paths(space, options, 1, step)
+        assert (own == sample_paths(space, options, 1, step, sampler)).all()
     different = {sample_paths(space, options, s, t).tobytes() for s in range(3) for t in range(9)}
     assert len(different) > 20
 
@@ -292,15 +328,19 @@ def test_three_bad_steps_in_a_row_stop_with_the_state_saved(tmp_path):
 # Going on after a stop
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "fair"])
-def test_pre_training_stopped_anywhere_and_resumed_equals_the_unbroken_run(sampler, tmp_path):
-    whole, reference = _run(tmp_path / "whole", sampler=sampler)
+@pytest.mark.parametrize(
+    "options",
+    [{"sampler": "uniform"}, {"sampler": "fair"}, {"constraints": {"flops": (None, "70%")}}],
+    ids=["uniform", "fair", "constrained"],
+)
+def test_pre_training_stopped_anywhere_and_resumed_equals_the_unbroken_run(options, tmp_path):
+    whole, reference = _run(tmp_path / "whole", **options)
     assert reference.stopped is None
     for call in range(1, 6):
         out = tmp_path / str(call)
-        _, part = _run(out, sampler=sampler, stop=stop_at(call))
+        _, part = _run(out, stop=stop_at(call), **options)
         assert (part.stopped, part.steps) == ("interrupted", call - 1)
-        net, result = _run(out, net=micro_supernet(seed=9), sampler=sampler, resume=True)
+        net, result = _run(out, net=micro_supernet(seed=9), resume=True, **options)
         assert changed_tensors(whole.tensors(), net.tensors()) == set()
         assert (result.loss, result.steps, result.skipped) == (reference.loss, 5, 0)
         assert net.version == 5
@@ -328,6 +368,28 @@ def test_a_finished_pre_training_is_not_repeated(tmp_path):
     assert changed_tensors(net.tensors(), again.tensors()) == set()
 
 
+def test_pre_training_stays_within_its_constraints(monkeypatch):
+    seen = []
+    update = PathTrainer.update
+
+    def watch(self, plan, *args, **keywords):
+        seen.extend(plan.archs)
+        return update(self, plan, *args, **keywords)
+
+    monkeypatch.setattr(PathTrainer, "update", watch)
+    net, _ = _run(paths_per_step=4, constraints={"params": "80%"})
+    assert len(seen) >= 10
+    assert (net.space.params(np.array(seen)) <= 0.8 * net.space.largest("params")).all()
+    with pytest.raises(ConstraintError, match="no architecture of micro"):
+        _run(constraints={"flops": 1})
+
+
+def test_a_run_is_resumed_only_under_its_own_constraints(tmp_path):
+    _run(tmp_path, constraints={"flops": "70%"})
+    with pytest.raises(CheckpointError, match=r"options: constraints: flops is '70%' there"):
+        _run(tmp_path, resume=True, constraints={"flops": "80%"})
+
+
 def test_a_directory_with_a_run_is_refused(tmp_path):
     _run(tmp_path)
     with pytest.raises(CheckpointError, match="holds a run already"):
@@ -345,6 +407,7 @@ def test_a_directory_with_a_run_is_refused(tmp_path):
     ("options", "name"),
     [
         ({"sampler": "sandwich"}, "sampler"),
+        ({"sampler": "fair", "constraints": {"flops": "60%"}}, "sampler"),
         ({"schedule": "step"}, "schedule"),
         ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size"),
