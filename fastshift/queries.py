@@ -35,6 +35,7 @@ from fastshift.evaluator import Evaluator, Scores
 from fastshift.export import export
 from fastshift.population import Evolution
 from fastshift.progress import Progress
+from fastshift.ranking import Truth, format_table, rank_table
 from fastshift.settings import (
     ConstraintOptions,
     EvaluateOptions,
@@ -170,9 +171,6 @@ def _scored(evaluator: Evaluator, archs: np.ndarray, *, quiet: bool) -> ScoreTab
 
 
 def _rank(config: Config) -> int:
-    # Here, since scipy.stats takes a second to import and no other verb needs it.
-    from fastshift.ranking import Truth, format_table, rank_table
-
     config.require("scores", "truth")
     options = config.part(RankOptions)
     target = _target(config)

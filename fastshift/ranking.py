@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from fastshift.tables import ScoreTable, Truth, read_scores, write_scores
 
@@ -55,7 +54,10 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a[known], b[known]
     if (a == a[0]).all() or (b == b[0]).all():
         return float("nan")
-    return float(stats.kendalltau(a, b).statistic)
+    # Here: scipy.stats takes a second to import, as long as all else but torch.
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(a, b).statistic)
 
 
 def bootstrap(

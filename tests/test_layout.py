@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +74,7 @@ LAZY = {
     "onnxruntime",
     "onnxscript",
     "rich",
+    "scipy",
     "sklearn",
     "tensorboard",
     "torchvision",
@@ -157,6 +160,21 @@ def test_optional_packages_are_imported_where_they_are_used(path):
         if name in lazy
     ]
     assert not found, f"loaded with the module: {found}"
+
+
+def test_the_import_loads_no_statistics_compiler_or_exporter_that_torch_does_not():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fastshift, fastshift.cli\n"
+        "heavy = ('scipy', 'torch.export', 'torch.onnx', 'torch._dynamo', 'torch._inductor')\n"
+        "new = {m for m in set(sys.modules) - before if (m + '.').startswith(tuple(\n"
+        "    name + '.' for name in heavy))}\n"
+        "assert not new, sorted(new)\n"
+        "assert 'scipy.stats' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernels_know_nothing_of_fastshift():
