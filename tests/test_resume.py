@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 # Forks a child for each command, so that libraries are imported once. A child ends itself by
-# SIGKILL at its `kill`-th file operation in the run directory, or else says how many it made.
+# SIGKILL at its `kill`-th file operation in the run directory, or else says how many it made. The
+# zygote itself computes nothing, so that a child may start threads.
 ZYGOTE = """
 import json, os, signal, sys
 import torch, torch._dynamo  # which every optimiser imports
@@ -46,6 +49,7 @@ for line in sys.stdin:
         os.dup2(log, 2)
         if task["count"]:
             watch(task["out"], task["kill"])
+        torch.set_num_threads(task["threads"])
         code = fastshift.cli.main(task["argv"])
         if task["count"]:
             print(count)
@@ -91,8 +95,11 @@ class Zygote:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, argv: list[str], *, out: Path, kill: int = 0, count: bool = False) -> int:
+    def start(
+        self, argv: list[str], *, out: Path, kill: int = 0, count: bool = False, threads: int = 1
+    ) -> int:
         task = {"argv": argv, "out": str(out), "kill": kill, "count": count or kill > 0}
+        task["threads"] = threads
         self.process.stdin.write(json.dumps({**task, "log": str(self.log)}) + "\n")
         self.process.stdin.flush()
         return self.read("pid")
@@ -114,8 +121,9 @@ class Zygote:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    def run(self, argv: list[str], *, out: Path, kill: int = 0, count: bool = False) -> int:
-        self.start(argv, out=out, kill=kill, count=count)
+    def run(self, argv: list[str], **options: Any) -> int:
+        """Start a child, options as of `start`, and give its exit code."""
+        self.start(argv, **options)
         return self.wait()
 
     def said(self) -> str:
@@ -159,10 +167,10 @@ def unbroken(zygote, tmp_path_factory):
     return outcome(out), int(zygote.said().split()[-1])
 
 
-def killed_and_resumed(zygote, argv: list[str], out: Path, kill: int) -> None:
-    code = zygote.run(argv, out=out, kill=kill)
+def killed_and_resumed(zygote, argv: list[str], out: Path, kill: int, threads: int = 1) -> None:
+    code = zygote.run(argv, out=out, kill=kill, threads=threads)
     assert code == -signal.SIGKILL, zygote.said()
-    assert zygote.run([*argv, "--resume"], out=out) == 0, zygote.said()
+    assert zygote.run([*argv, "--resume"], out=out, threads=threads) == 0, zygote.said()
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.85, 0.999])
@@ -298,3 +306,22 @@ def test_a_search_killed_at_every_tenth_file_operation_ends_the_same(zygote, unb
         out = tmp_path / str(kill)
         killed_and_resumed(zygote, search(out), out, kill)
         assert outcome(out) == expected, f"killed at file operation {kill}"
+
+
+@pytest.mark.slow
+def test_a_search_of_two_threads_killed_and_resumed_ends_the_same(zygote, tmp_path):
+    """Of batches large enough that operators split them between the threads."""
+
+    def argv(out: Path) -> list[str]:
+        large = ["--limit", "1200", "--validation-size", "300", "--calibration-batch-size", "256"]
+        large += ["--pretrain-batch-size", "256", "--shift-batch-size", "256"]
+        return [*search(out), "--space", "digits", *large]
+
+    whole = tmp_path / "whole"
+    assert zygote.run(argv(whole), out=whole, count=True, threads=2) == 0, zygote.said()
+    operations = int(zygote.said().split()[-1])
+    assert yaml.safe_load((whole / "config.yaml").read_text())["versions"]["threads"] == 2
+    for share in (0.3, 0.6, 0.9):
+        out = tmp_path / str(share)
+        killed_and_resumed(zygote, argv(out), out, int(share * operations), threads=2)
+        assert outcome(out) == outcome(whole), share
