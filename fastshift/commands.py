@@ -30,9 +30,10 @@ from fastshift.build import (
 from fastshift.config import Config
 from fastshift.durable import replace_file
 from fastshift.errors import ConfigError, MissingExtraError
-from fastshift.population import Evolution, FeasibleSampler
+from fastshift.population import Evolution
 from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
 from fastshift.retrain import Retrained, RetrainOptions, retrain
+from fastshift.sampler import FeasibleSampler
 from fastshift.search import Search, SearchOptions
 from fastshift.settings import ConstraintOptions
 from fastshift.single_path import check_resets, fresh_path

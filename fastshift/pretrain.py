@@ -11,45 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fastshift import checkpoint
-from fastshift.batch_norm import BatchNorms, MovingAverages
-from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError
-from fastshift.evaluator import precision_scope
-from fastshift.optim import PathSGD
+from fastshift.errors import ConfigError, NonFiniteLossError
+from fastshift.identity import check_identity, with_overrides
 from fastshift.progress import Progress, Scalars
 from fastshift.sampler import FeasibleSampler
 from fastshift.space import SearchSpace
-from fastshift.steps import refuse_random_trunk, train_step
 from fastshift.supernet import ChainSupernet
+from fastshift.trainer import PathTrainer, check_sgd
 from fastshift.trie import Plan
 
 __all__ = ["PathTrainer", "PretrainOptions", "PretrainResult", "pretrain", "sample_paths"]
 
 SAMPLERS = ("uniform", "fair")
 SCHEDULES = ("linear", "cosine", "constant")
-MAX_SKIPPED = 3
-
-
-def check_sgd(options: Any, prefix: str = "") -> None:
-    """Refuse options of SGD and its loss that are out of range, None aside.
-
-    Args:
-        options: with `lr`, `momentum`, `weight_decay`, `label_smoothing`, `clip_norm` after a
-            prefix.
-        prefix: of their names.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    for name in ("lr", "momentum", "weight_decay", "label_smoothing", "clip_norm"):
-        value = getattr(options, prefix + name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"{prefix}{name}: {value}; expected a finite number, at least 0")
-        if name in ("momentum", "label_smoothing") and value > 1:
-            raise ConfigError(f"{prefix}{name}: {value}; expected at most 1")
 
 
 @dataclass(frozen=True)
@@ -185,156 +161,6 @@ def sample_paths(
     return np.stack(columns, axis=1).astype(np.uint8)
 
 
-class PathTrainer:
-    """Make updates of a supernet, count them, and skip those whose loss is not finite.
-
-    Args:
-        supernet: to train.
-        lr: learning rate; `update` can give another.
-        momentum, weight_decay, nesterov, head_lr_multiplier, drift: of `PathSGD`.
-        label_smoothing: of the cross-entropy.
-        clip_norm: largest norm of the whole gradient, or None.
-        reduction: `sum` or `mean` over the plan's rows.
-        ema: move the shift steps' moving averages instead of the modules' own.
-        seed: of the masks of dropout.
-        precision: `fp32` or `bf16`.
-
-    Attributes:
-        updates: optimiser steps made.
-        skipped: updates skipped; `skipped_in_row` of them just now.
-        path_images: (path, image) pairs trained on.
-        images: images trained on, each counted once a step.
-    """
-
-    def __init__(
-        self,
-        supernet: ChainSupernet,
-        *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 4e-5,
-        nesterov: bool = False,
-        head_lr_multiplier: float = 1.0,
-        drift: bool = False,
-        label_smoothing: float = 0.1,
-        clip_norm: float | None = None,
-        reduction: str = "sum",
-        ema: bool = False,
-        seed: int = 0,
-        precision: str = "fp32",
-    ) -> None:
-        self.supernet = supernet
-        self.norms = BatchNorms(supernet)
-        self.optimizer = PathSGD(
-            supernet,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            head_lr_multiplier=head_lr_multiplier,
-            drift=drift,
-        )
-        self.label_smoothing = label_smoothing
-        self.clip_norm = clip_norm
-        self.reduction = reduction
-        self.ema = ema
-        self.seed = seed
-        self.precision = precision
-        self.updates = self.skipped = self.skipped_in_row = self.path_images = self.images = 0
-        self._random_trunk_checked = False
-        self._trunk = supernet.trunk_parameters()
-
-    def update(
-        self, plan: Plan, images: Tensor, labels: Tensor, *, position: int, lr: float | None = None
-    ) -> float:
-        """Make one update, or skip it where a loss or the gradient is not finite.
-
-        Args:
-            plan: of the paths.
-            images: `[N, C, H, W]`.
-            labels: `[N]` int64.
-            position: of the step in the run; seeds the masks.
-            lr: learning rate from here on.
-
-        Returns:
-            Mean loss over the plan's rows, nats.
-
-        Raises:
-            NonFiniteLossError: this is the third update in a row that had to be skipped.
-        """
-        supernet = self.supernet
-        if plan.num_leaves > 1 and not self._random_trunk_checked:
-            refuse_random_trunk(supernet)
-            self._random_trunk_checked = True
-        if lr is not None:
-            self.optimizer.set_lr(lr)
-        reference = next(supernet.parameters())
-        images = images.to(reference.device, reference.dtype)
-        labels = labels.to(reference.device)
-        if not supernet.training:
-            supernet.train()
-        averages = MovingAverages(self.norms)
-        shares = plan.num_leaves > 1
-        before = _random_state(reference.device) if shares else None
-        with precision_scope(self.precision, reference.device):
-            losses = train_step(
-                supernet,
-                self.norms,
-                plan,
-                images,
-                labels,
-                averages,
-                key=(self.seed, position),
-                label_smoothing=self.label_smoothing,
-                scale=1.0 if self.reduction == "sum" else 1.0 / plan.num_rows,
-                moving=any(p.requires_grad for p in self._trunk),
-            )
-        if shares and not torch.equal(before, _random_state(reference.device)):
-            raise SpaceError(
-                "the stem or a candidate op draws random numbers, which several candidates would "
-                "share; move what draws them into the head, or train one path at a time"
-            )
-        counts = torch.as_tensor(plan.counts, dtype=torch.float64, device=losses.device)
-        loss = float((losses * counts).sum()) / plan.num_rows
-        if math.isfinite(loss) and self._clip():
-            self.optimizer.step()
-            averages.apply(supernet.ema if self.ema else None)
-            supernet.version += 1
-            self.updates += 1
-            self.skipped_in_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        self.path_images += plan.num_rows * len(labels)
-        self.images += len(labels)
-        if self.skipped_in_row >= MAX_SKIPPED:
-            raise NonFiniteLossError(
-                f"loss or gradient: not finite in {self.skipped_in_row} updates in a row "
-                f"(step {position}); lower the learning rate or clip the gradient"
-            )
-        return loss
-
-    def _clip(self) -> bool:
-        """Clip the gradient where asked to, and say whether it is finite."""
-        moved = [p for p in self.supernet.parameters() if p.grad is not None]
-        gradients = [p.grad for p in moved]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(moved, self.clip_norm, norm)
-        return bool(norm.isfinite()) if gradients else True
-
-    def counters(self) -> dict[str, int]:
-        """Counts, for a checkpoint."""
-        names = ("updates", "skipped", "skipped_in_row", "path_images", "images")
-        return {name: getattr(self, name) for name in names}
-
-    def load_counters(self, counters: dict[str, int]) -> None:
-        """Take back what `counters` gave."""
-        for name, value in counters.items():
-            setattr(self, name, value)
-
-
 def pretrain(
     supernet: ChainSupernet,
     data: Any,
@@ -379,7 +205,7 @@ def pretrain(
     """
     if steps is not None:
         overrides["steps"] = steps
-    options = _with_overrides(options or PretrainOptions(), overrides)
+    options = with_overrides(options or PretrainOptions(), overrides)
     if options.batch_size is None:
         options = replace(options, batch_size=getattr(data.train, "batch_size", 128))
     trainer = PathTrainer(
@@ -417,15 +243,7 @@ def pretrain(
     found = None if out is None else checkpoint.load(out)
     if found is not None:
         state = found.state
-        if not resume:
-            raise checkpoint.CheckpointError(
-                f"{out}: holds a run already; go on with resume, or give another directory"
-            )
-        if state["identity"] != identity:
-            raise checkpoint.CheckpointError(
-                f"{out}: its checkpoint belongs to another run "
-                f"({_difference(state['identity'], identity)}); give another directory"
-            )
+        check_identity(out, state["identity"], identity, resume=resume)
         supernet.load_tensors(found.tensors["supernet"], state["version"])
         trainer.optimizer.load_momenta(found.tensors["momenta"])
         trainer.load_counters(state["counters"])
@@ -461,27 +279,3 @@ def pretrain(
     save()
     loss = sum(recent) / len(recent) if recent else math.nan
     return PretrainResult(step, loss, time.perf_counter() - begin, trainer.skipped, stopped)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _with_overrides(options: Any, overrides: dict[str, Any]) -> Any:
-    """A copy of an options record with some fields changed; an unknown one is an error."""
-    known = set(options.__dataclass_fields__)
-    for name in overrides:
-        if name not in known:
-            raise ConfigError(f"{name}: unknown option; expected one of {', '.join(sorted(known))}")
-    return replace(options, **overrides)
-
-
-def _difference(old: dict, new: dict) -> str:
-    """Name the first entry in which two identities differ."""
-    for key in new:
-        if old.get(key) == new[key]:
-            continue
-        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
-            return f"{key}: {_difference(old[key], new[key])}"
-        return f"{key} is {old.get(key)!r} there, {new[key]!r} here"
-    return "it has entries this run has not"

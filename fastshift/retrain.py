@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastshift.errors import ConfigError, DataError
-from fastshift.pretrain import PretrainOptions, _with_overrides, pretrain
+from fastshift.identity import with_overrides
+from fastshift.pretrain import PretrainOptions, pretrain
 from fastshift.single_path import fresh_path, single_path
 from fastshift.space import SearchSpace
 from fastshift.supernet import ChainSupernet
@@ -147,7 +148,7 @@ def retrain(
     """
     if epochs is not None:
         overrides["epochs"] = epochs
-    options = _with_overrides(options or RetrainOptions(), overrides)
+    options = with_overrides(options or RetrainOptions(), overrides)
     if data.test is None:
         raise DataError(f"data {data.spec!r}: no test set, expected one to test the network on")
     path = fresh_path(space, arch, seed)

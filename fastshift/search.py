@@ -16,10 +16,10 @@ import yaml
 
 from fastshift import checkpoint
 from fastshift.durable import ScoreLog, replace_file, truncate_log
-from fastshift.errors import CheckpointError, ConfigError, NonFiniteLossError
+from fastshift.errors import ConfigError, NonFiniteLossError
 from fastshift.evaluator import Evaluator, Scores
+from fastshift.identity import check_identity, holds_a_run, with_overrides
 from fastshift.population import Evolution
-from fastshift.pretrain import _difference, _with_overrides
 from fastshift.progress import Progress, Scalars
 from fastshift.result import History, SearchResult
 from fastshift.shift import HeadWarmup, Shifter, ShiftOptions
@@ -462,24 +462,13 @@ class Search:
         if found is not None:
             self.serial = found.serial
         if found is not None and "evolution" in found.state:
-            if not resume:
-                raise CheckpointError(
-                    f"{self.out}: holds a run already; go on with resume, or give another directory"
-                )
-            if found.state["identity"] != self._identity():
-                why = _difference(found.state["identity"], self._identity())
-                raise CheckpointError(
-                    f"{self.out}: its checkpoint belongs to another run ({why}); "
-                    "give another directory"
-                )
+            check_identity(self.out, found.state["identity"], self._identity(), resume=resume)
             self._load(found)
             truncate_log(path, found.state["log_bytes"])
         elif path.exists():
             # Lines of a run that was killed before its first checkpoint, or somebody else's.
             if not resume and path.stat().st_size:
-                raise CheckpointError(
-                    f"{self.out}: holds a run already; go on with resume, or give another directory"
-                )
+                raise holds_a_run(self.out)
             truncate_log(path, 0)
         self.log = ScoreLog(path)
         if not (self.out / "config.yaml").exists():
@@ -595,7 +584,7 @@ def search(
         overrides["constraints"] = dict(constraints)
     if batch_norm is not None:
         overrides["batch_norm"] = batch_norm
-    options = _with_overrides(options or SearchOptions(), overrides)
+    options = with_overrides(options or SearchOptions(), overrides)
     return Search(
         supernet,
         data,

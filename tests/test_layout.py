@@ -39,6 +39,8 @@ ORDER = (
     "checkpoint",
     "weights",
     "single_path",
+    "identity",
+    "trainer",
     "pretrain",
     "shift",
     "result",
