@@ -7,68 +7,26 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from fastshift import checkpoint
-from fastshift.durable import ScoreLog, replace_file, truncate_log
-from fastshift.errors import ConfigError, NonFiniteLossError
+from fastshift.checkpoint import Checkpoint
+from fastshift.errors import NonFiniteLossError
 from fastshift.evaluator import Evaluator, Scores
-from fastshift.identity import check_identity, holds_a_run, with_overrides
+from fastshift.identity import with_overrides
 from fastshift.population import Evolution
 from fastshift.progress import Progress, Scalars
-from fastshift.result import History, SearchResult
-from fastshift.shift import HeadWarmup, Shifter, ShiftOptions
+from fastshift.result import SearchResult
+from fastshift.search_files import SearchFiles
+from fastshift.search_options import SearchOptions
+from fastshift.search_record import SearchRecord
+from fastshift.shift import HeadWarmup, Shifter
 from fastshift.supernet import ChainSupernet
-from fastshift.versions import versions
-from fastshift.weights import save_supernet
 
 __all__ = ["Search", "SearchOptions", "SearchResult", "search", "transfer"]
-
-
-@dataclass(frozen=True)
-class SearchOptions(ShiftOptions):
-    """How to search; the fields of `ShiftOptions` too.
-
-    Attributes:
-        generations: generations after the random generation 0.
-        population: architectures of a generation.
-        parents: the best ones, from which mutants and children come.
-        mutation, crossover: how many of each; None takes half the population.
-        mutation_prob: of each gene.
-        constraints: bounds by metric, as `space.parse_constraints` takes them.
-        batch_norm: statistics policy of scores; None takes `ema` for `immediate` and `recalibrate`
-            otherwise.
-        strategy: `shared` or `sequential` scoring.
-        score_by: `error` or `loss` decides; the other breaks ties.
-        top_k: architectures scored again under the final weights.
-        subtrie_size: candidates computed side by side; bounds memory.
-    """
-
-    generations: int = 20
-    population: int = 50
-    parents: int = 10
-    mutation: int | None = None
-    crossover: int | None = None
-    mutation_prob: float = 0.1
-    constraints: dict[str, Any] = field(default_factory=dict)
-    batch_norm: str | None = None
-    strategy: str = "shared"
-    score_by: str = "error"
-    top_k: int = 10
-    subtrie_size: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("generations", 0), ("population", 1), ("parents", 1), ("top_k", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}: {getattr(self, name)}; expected at least {least}")
-        if self.subtrie_size < 1:
-            raise ConfigError(f"subtrie_size: {self.subtrie_size}; expected at least 1")
 
 
 class Search:
@@ -121,12 +79,11 @@ class Search:
             score_by=options.score_by,
             **common,
         )
-        self.batch_norm = options.batch_norm or options.default_batch_norm
         self.evaluator = Evaluator(
             supernet,
             data.validation,
             calibration=data.calibration,
-            batch_norm=self.batch_norm,
+            batch_norm=options.policy,
             strategy=options.strategy,
             subtrie_size=options.subtrie_size,
             precision=precision,
@@ -142,31 +99,32 @@ class Search:
                 subtrie_size=options.subtrie_size,
                 **common,
             )
-        steps = options.head_warmup_steps
-        if steps is None:
-            steps = 200 if fresh_head and options.moves and options.shift != "immediate" else 0
-        if fresh_head and not options.moves and not steps:
-            raise ConfigError(
-                "head_warmup_steps: 0; with shift 'none' nothing else would train the fresh head"
-            )
-        self.warmup_steps = steps
-        if steps:
+        self.fresh_head = fresh_head
+        self.warmup_steps = options.warmup_steps(fresh_head)
+        if self.warmup_steps:
             self.warmup = HeadWarmup(supernet, data, options, **common)
         # What a checkpoint holds beside weights, momenta and the parts above.
         self.archs: np.ndarray | None = None
         self.told: list[list[Any]] = []  # of the generation under way: [errors, losses, version]
         self.position = 0
-        self.history = History(self.space, options.score_by)
-        self.generations: list[dict[str, Any]] = []
-        self.counts = {"scored": 0, "validation_images": 0, "calibration_images": 0}
-        self.seconds = 0.0
-        self.generation_seconds = 0.0
-        self.sharing: list[list[float]] = []
-        self.serial = 0
-        self.finished: dict[str, Any] | None = None
-        self.log: ScoreLog | None = None
+        self.files: SearchFiles | None = None
         if self.out is not None:
-            self._open(resume)
+            self.files = SearchFiles(self.out, self._identity())
+        self.record = SearchRecord(self.space, options.score_by, self._log)
+        if self.files is not None:
+            found = self.files.find(resume)
+            if found is not None:
+                self._load(found)
+            self.files.begin(found, next(supernet.parameters()).device)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Architectures scored so far, and the (architecture, image) pairs of that."""
+        return self.record.counts
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.files is not None:
+            self.files.append(line)
 
     # The loop.
 
@@ -183,11 +141,12 @@ class Search:
         Raises:
             NonFiniteLossError: three losses in a row were not finite; the state was saved.
         """
-        if self.finished is not None:
+        if self.record.finished is not None:
             return self._finish()
-        self._clock = self._saved = time.perf_counter()
+        self.record.start()
+        self._saved = time.perf_counter()
         total = (self.options.generations + 1) * self.options.population
-        done = sum(record["candidates"] for record in self.generations)
+        done = sum(record["candidates"] for record in self.record.generations)
         with (
             Progress(total, what="search", quiet=quiet) as self.progress,
             Scalars(self.out) as self.scalars,
@@ -206,19 +165,15 @@ class Search:
             finally:
                 if self.shifter is not None:
                     self.shifter.freeze_trunk(False)
-        self.finished = self._final()
+        self._score_finalists()
         self._save()
         return self._finish()
 
     def _finish(self) -> SearchResult:
-        """Write what a finished search leaves, `result.json` last, unless it is there."""
+        """The result of a search that has ended, written where it is not yet."""
         result = self._result(None)
-        if self.out is not None:
-            path = self.out / "result.json"
-            if not path.exists():
-                save_supernet(self.supernet, self.out, {"data": result.data})
-                replace_file(path, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
-            self.log.close()
+        if self.files is not None:
+            self.files.finish(result, self.supernet)
         return result
 
     def _steps(self):
@@ -228,13 +183,13 @@ class Search:
                 loss = self.warmup.update()
                 self.progress.advance(0, head_loss=loss)
                 yield
-        while len(self.generations) <= self.options.generations:
+        while len(self.record.generations) <= self.options.generations:
             if self.archs is None:
                 self.archs = self.evolution.ask()
                 if len(self.archs) == 0:
                     return
             if self.shifter is not None:
-                frozen = len(self.generations) < self.options.frozen_trunk_generations
+                frozen = len(self.record.generations) < self.options.frozen_trunk_generations
                 self.shifter.freeze_trunk(frozen)
             yield from self._generation(self.archs)
             self._end_generation()
@@ -269,7 +224,8 @@ class Search:
         others = [index for index, row in enumerate(parents) if bytes(row) not in own]
         rows = np.concatenate((archs, parents[others]))
         scores = self.evaluator.evaluate(rows)
-        self._record(rows, scores, candidates=len(archs))
+        generation = self.evolution.generation
+        self.record.add(rows, scores, generation=generation, candidates=len(archs))
         if len(parents):
             self.evolution.replace_scores(
                 parents[others],
@@ -304,64 +260,18 @@ class Search:
         values = scores.errors if self.options.score_by == "error" else scores.losses
         return float(np.nanmin(values)) if np.isfinite(values).any() else math.nan
 
-    def _record(self, archs: np.ndarray, scores: Scores, *, candidates: int = 0) -> None:
-        """Add an evaluation to the log, the history and the counts.
-
-        The first `candidates` rows were proposed by the present generation, the others before; an
-        evaluation of no candidates is the final one.
-        """
-        generation = self.evolution.generation
-        each = scores.seconds / max(1, len(archs))
-        flops, params = self.space.flops(archs).tolist(), self.space.params(archs).tolist()
-        for i, text in enumerate(self.space.format_all(archs)):
-            error, loss = float(scores.errors[i]), float(scores.losses[i])
-            found = generation if i < candidates else self.history.rows[text][2]
-            self.history.rows[text] = [error, loss, found, scores.weights_version]
-            if self.log is not None:
-                line = {"arch": text, "error": error, "loss": loss, "generation": generation}
-                line |= {"weights_version": scores.weights_version, "flops": flops[i]}
-                line |= {"params": params[i], "seconds": each}
-                self.log.append(line | ({} if candidates else {"final": True}))
-        self.sharing.append([scores.sharing, len(archs)])
-        self.counts["scored"] += len(archs)
-        self.counts["validation_images"] += scores.images * len(archs)
-        self.counts["calibration_images"] += scores.calibration_images * len(archs)
-
     def _end_generation(self) -> None:
         """Tell the population, and write the generation's record."""
         archs = self.archs
         errors = np.concatenate([np.array(errors, float) for errors, _, _ in self.told])
         losses = np.concatenate([np.array(losses, float) for _, losses, _ in self.told])
-        version = self.told[-1][2]
+        versions = self.told[0][2], self.told[-1][2]
         generation = self.evolution.generation
-        self.evolution.tell(archs, errors, losses, weights_version=version)
-        most = int(self.space.num_choices.max())
-        frequency = (archs[:, :, None] == np.arange(most)).mean(axis=0)
-        scored = sum(count for _, count in self.sharing)
-        now = time.perf_counter()
-        self.generation_seconds += now - self._clock
-        self.seconds += now - self._clock
-        self._clock = now
-        finite = np.isfinite(losses)
-        record = {
-            "generation": generation,
-            "candidates": len(archs),
-            "scored": scored,
-            "best_error": float(errors[finite].min()) if finite.any() else None,
-            "best_loss": float(losses[finite].min()) if finite.any() else None,
-            "median_error": float(np.median(errors[finite])) if finite.any() else None,
-            "failed": int((~finite).sum()),
-            "first_weights_version": self.told[0][2],
-            "weights_version": version,
-            "op_frequency": [
-                row[:count].tolist()
-                for row, count in zip(frequency, self.space.num_choices.tolist(), strict=True)
-            ],
-            "sharing": sum(factor * count for factor, count in self.sharing) / max(1, scored),
-            "ask": self.evolution.last_ask | {"acceptance_rate": self.evolution.acceptance_rate},
-            "seconds": self.generation_seconds,
-        }
-        self.generations.append(record)
+        self.evolution.tell(archs, errors, losses, weights_version=versions[1])
+        ask = self.evolution.last_ask | {"acceptance_rate": self.evolution.acceptance_rate}
+        record = self.record.end_generation(
+            archs, errors, losses, generation=generation, versions=versions, ask=ask
+        )
         self.scalars.write(
             generation,
             {
@@ -371,21 +281,18 @@ class Search:
             },
         )
         self.archs, self.told, self.position = None, [], 0
-        self.sharing, self.generation_seconds = [], 0.0
         self._save()
 
-    def _final(self) -> dict[str, Any]:
+    def _score_finalists(self) -> None:
         """Score the last top-k and the Pareto front's candidates again under the final weights."""
-        texts = self._kept()
-        chosen = list(dict.fromkeys([*texts, *self.history.front()]))
-        version = self.supernet.version
-        stale = [text for text in chosen if self.history.rows[text][3] != version]
+        texts, history = self._kept(), self.record.history
+        chosen = list(dict.fromkeys([*texts, *history.front()]))
+        stale = [text for text in chosen if history.rows[text][3] != self.supernet.version]
         if stale:
             archs = self.space.as_archs(stale)
-            self._record(archs, self.evaluator.evaluate(archs))
-        self.seconds += time.perf_counter() - self._clock
-        top = [self.space.format(scored.arch) for scored in self.history.ranked(texts)]
-        return {"top": top, "pareto": self.history.front(chosen)}
+            scores = self.evaluator.evaluate(archs)
+            self.record.add(archs, scores, generation=self.evolution.generation)
+        self.record.finish(texts, chosen)
 
     def _kept(self) -> list[str]:
         """The strings of the best architectures the population keeps."""
@@ -393,54 +300,22 @@ class Search:
         return self.space.format_all(kept) if kept else []
 
     def _result(self, stopped: str | None) -> SearchResult:
-        options = self.options
-        # The population knows one version for a whole generation; the history each score's.
-        ended = self.finished or {"top": self._kept(), "pareto": []}
-        top = self.history.ranked(ended["top"])
-        pareto = [self.history.scored(text) for text in ended["pareto"]]
         parts = [part.trainer for part in (self.shifter, self.warmup) if part is not None]
         budget = {
             "updates": sum(trainer.updates for trainer in parts),
             "train_images": sum(trainer.images for trainer in parts),
             "path_image_pairs": sum(trainer.path_images for trainer in parts),
             "skipped_updates": sum(trainer.skipped for trainer in parts),
-            **self.counts,
         }
-        shift = {f.name: getattr(options, f.name) for f in fields(ShiftOptions)}
-        shift |= {
-            "mode": options.shift,
-            "lr": options.lr_for(options.population) if options.moves else None,
-            "steps": options.shift_steps if options.moves else 0,
-            "batch_size": options.shift_batch_size if options.moves else 0,
-            "score": "after" if options.scores_after else "before",
-            "head_warmup_steps": self.warmup_steps,
-            "batch_norm": self.batch_norm,
-            "score_by": options.score_by,
-            "strategy": options.strategy,
-            "constraints": options.constraints,
-            "population": options.population,
-            "parents": options.parents,
-        }
-        describe = getattr(self.data, "describe", None)
-        return SearchResult(
-            best=top[0] if top else None,
-            top=top,
-            pareto=pareto,
-            generations=self.generations,
-            seconds=self.seconds,
-            archs_per_second=self.counts["scored"] / self.seconds if self.seconds else 0.0,
+        return self.record.result(
+            self._kept(),
             budget=budget,
-            data=describe() if describe is not None else {},
-            space=self.space.describe()
-            | {"recipe": self.space.recipe, "fingerprint": self.space.fingerprint()}
-            | {"blocks": [list(block) for block in self.space.labels]}
-            | {"description": self.space.to_dict()},
-            shift=shift,
+            data=getattr(self.data, "describe", dict)(),
+            shift=self.options.describe(fresh_head=self.fresh_head),
             stopped=stopped,
-            format_arch=self.space.format,
         )
 
-    # The run directory.
+    # The state.
 
     def _identity(self) -> dict[str, Any]:
         costs = {name: [table.tolist(), fixed] for name, (table, fixed) in self.space.costs.items()}
@@ -455,82 +330,43 @@ class Search:
         }
         return json.loads(json.dumps(found))
 
-    def _open(self, resume: bool) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.load(self.out)
-        path = self.out / "scores.jsonl"
-        if found is not None:
-            self.serial = found.serial
-        if found is not None and "evolution" in found.state:
-            check_identity(self.out, found.state["identity"], self._identity(), resume=resume)
-            self._load(found)
-            truncate_log(path, found.state["log_bytes"])
-        elif path.exists():
-            # Lines of a run that was killed before its first checkpoint, or somebody else's.
-            if not resume and path.stat().st_size:
-                raise holds_a_run(self.out)
-            truncate_log(path, 0)
-        self.log = ScoreLog(path)
-        if not (self.out / "config.yaml").exists():
-            found = self._identity() | {
-                "versions": versions(next(self.supernet.parameters()).device)
-            }
-            replace_file(self.out / "config.yaml", yaml.safe_dump(found, sort_keys=False).encode())
-
-    _PLAIN = (
-        "told",
-        "position",
-        "generations",
-        "counts",
-        "sharing",
-        "generation_seconds",
-        "finished",
-    )
+    def _active(self) -> Shifter | HeadWarmup | None:
+        """The part whose momenta count: the head's warm-up until it is over, then the shift."""
+        if self.warmup is not None and self.warmup.position < self.warmup_steps:
+            return self.warmup
+        return self.shifter
 
     def _save(self) -> None:
-        self._saved = now = time.perf_counter()
-        if self.out is None:
+        self._saved = time.perf_counter()
+        if self.files is None:
             return
-        active = self.shifter
-        if self.warmup is not None and self.warmup.position < self.warmup_steps:
-            active = self.warmup
-        state = {name: getattr(self, name) for name in self._PLAIN}
-        running = 0.0 if self.finished is not None else now - self._clock
-        state |= {
-            "seconds": self.seconds + running,
-            "generation_seconds": self.generation_seconds + running,
-            "identity": self._identity(),
-            "history": self.history.rows,
+        state = self.record.state() | {
+            "told": self.told,
+            "position": self.position,
             "version": self.supernet.version,
-            "log_bytes": self.log.flush(),
             "evolution": self.evolution.state_dict(),
             "last_ask": dict(self.evolution.last_ask),
             "archs": None if self.archs is None else self.space.format_all(self.archs),
             "shifter": self.shifter.state() if self.shifter else None,
             "warmup": self.warmup.state() if self.warmup else None,
         }
-        self.serial += 1
+        active = self._active()
         momenta = active.trainer.optimizer.momenta() if active is not None else {}
-        tensors = {"supernet": self.supernet.tensors(), "momenta": momenta}
-        checkpoint.save(self.out, self.serial, tensors=tensors, state=state)
+        self.files.save({"supernet": self.supernet.tensors(), "momenta": momenta}, state)
 
-    def _load(self, found: checkpoint.Checkpoint) -> None:
+    def _load(self, found: Checkpoint) -> None:
         state = found.state
         self.supernet.load_tensors(found.tensors["supernet"], state["version"])
-        for name in self._PLAIN:
-            setattr(self, name, state[name])
-        self.history.rows = state["history"]
-        self.seconds = state["seconds"]
+        self.record.load_state(state)
+        self.told, self.position = state["told"], state["position"]
         self.evolution.load_state_dict(state["evolution"])
         self.evolution.last_ask = dict(state["last_ask"])
         self.archs = None if state["archs"] is None else self.space.as_archs(state["archs"])
         if self.shifter is not None:
             self.shifter.load_state(state["shifter"])
-        active = self.shifter
         if self.warmup is not None:
             self.warmup.load_state(state["warmup"])
-            if self.warmup.position < self.warmup_steps:
-                active = self.warmup
+        active = self._active()
         if active is not None:
             active.trainer.optimizer.load_momenta(found.tensors["momenta"])
 
