@@ -47,6 +47,8 @@ ORDER = (
     "search_options",
     "search_files",
     "search_record",
+    "search_training",
+    "search_loop",
     "search",
     "tables",
     "ranking",
