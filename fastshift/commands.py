@@ -14,7 +14,6 @@ import numpy as np
 
 from fastshift import checkpoint, report
 from fastshift.build import (
-    begin_run,
     check_backend,
     check_ema,
     device_of,
@@ -23,7 +22,6 @@ from fastshift.build import (
     memory_format,
     new_supernet,
     of_the_user,
-    open_run,
     place,
     shape_of,
 )
@@ -33,6 +31,7 @@ from fastshift.errors import ConfigError, MissingExtraError
 from fastshift.population import Evolution
 from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
 from fastshift.retrain import Retrained, RetrainOptions, retrain
+from fastshift.run_directory import begin_run, open_run
 from fastshift.sampler import FeasibleSampler
 from fastshift.search import Search, SearchOptions
 from fastshift.settings import ConstraintOptions

@@ -64,6 +64,7 @@ ORDER = (
     "options",
     "config",
     "build",
+    "run_directory",
     "commands",
     "queries",
     "cli",
