@@ -1,4 +1,4 @@
-"""The run directory that `--out` names: whether it holds a run to go on with, and how one begins."""
+"""The run directory that `--out` names: whether a run in it goes on, and how one begins."""
 
 from __future__ import annotations
 
