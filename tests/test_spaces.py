@@ -274,7 +274,7 @@ def test_a_space_can_come_from_a_function_in_the_users_file(tmp_path):
     [
         ("missing", "has no function 'missing'"),
         ("value", "has no function 'value'"),
-        ("nothing", "expected a SearchSpace, got NoneType"),
+        ("nothing", "expected a SearchSpace or a ChainSupernet, got NoneType"),
         ("fails", "fails with RuntimeError"),
     ],
 )
