@@ -248,6 +248,8 @@ def test_a_choice_dearer_than_the_bound_costs_no_bins():
 def test_the_shufflenet_table_is_counted_without_rejection():
     space = spaces.build("shufflenet_v2")
     sampler = FeasibleSampler(space, {"flops": "330M"}, seed=0)
+    unbounded = Constraint("flops", None, space.largest("flops"))
+    assert _bins(space, unbounded)[1:] == (0, 20_448, True)
     archs = sampler.sample(20_000)
     assert space.flops(archs).max() <= 330_000_000
     uniform = FeasibleSampler(space, seed=1).sample(20_000)
