@@ -29,6 +29,7 @@ _COLUMNS = ("error", "loss", "generation", "weights_version", "flops", "params")
 class Scores:
     """The lines of `scores.jsonl` as columns `[n]`: float64 error and loss, int64 the rest.
 
+    Error and loss of a failed score, null in the file, are NaN.
     Scores that were taken again under the final weights, after the last generation, are left out.
     """
 
@@ -244,7 +245,7 @@ def _read_scores(path: Path) -> Scores:
     found = [_score(text, f"{path}, line {number}") for number, text in enumerate(texts, start=1)]
     lines = [line for line in found if line is not None]
     columns = list(zip(*lines, strict=True)) if lines else [()] * (1 + len(_COLUMNS))
-    as_float = [np.array(column, dtype=np.float64) for column in columns[1:3]]
+    as_float = [np.array(column, dtype=np.float64) for column in columns[1:3]]  # None to NaN
     as_int = [np.array(column, dtype=np.int64) for column in columns[3:]]
     return Scores(list(columns[0]), *as_float, *as_int)
 

@@ -6,6 +6,7 @@ Errors and losses are minimised; NaN means failed. Numpy arrays come in and go o
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,20 +40,20 @@ class Scored:
     Attributes:
         arch: choices, `[L]`.
         error: top-1 error in [0, 1].
-        loss: mean loss; NaN where none was told.
         flops: multiply-adds per image.
         params: parameters.
         weights_version: optimiser steps the weights had seen when it was scored.
         generation: the generation that proposed it last.
+        loss: mean loss; NaN where none was told.
     """
 
     arch: tuple[int, ...]
     error: float
-    loss: float
     flops: int
     params: int
     weights_version: int
     generation: int
+    loss: float = math.nan
 
 
 class Evolution:
@@ -267,7 +268,7 @@ class Evolution:
         params = self.space.params(archs).tolist()
         return [
             Scored(*row)
-            for row in zip(rows, errors, losses, flops, params, versions, generations, strict=True)
+            for row in zip(rows, errors, flops, params, versions, generations, losses, strict=True)
         ]
 
     @property

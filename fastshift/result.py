@@ -81,7 +81,7 @@ class History:
         error, loss, generation, version = self.rows[text]
         arch = self.space.parse(text)
         flops, params = int(self.space.flops(arch)[0]), int(self.space.params(arch)[0])
-        return Scored(tuple(arch.tolist()), error, loss, flops, params, version, generation)
+        return Scored(tuple(arch.tolist()), error, flops, params, version, generation, loss)
 
     def ranked(self, texts: Iterable[str]) -> list[Scored]:
         """The architectures whose scores are numbers, best first.

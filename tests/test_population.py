@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -218,8 +219,10 @@ def test_a_score_says_what_when_and_under_which_weights():
     search.tell(["012", "111"], np.float32([0.25, 0.5]), [1.5, 2.0], weights_version=7)
     arch = [[0, 1, 2]]
     assert search.best == Scored(
-        (0, 1, 2), 0.25, 1.5, int(space.flops(arch)[0]), int(space.params(arch)[0]), 7, 1
+        (0, 1, 2), 0.25, int(space.flops(arch)[0]), int(space.params(arch)[0]), 7, 1, loss=1.5
     )
+    fields = ["arch", "error", "flops", "params", "weights_version", "generation", "loss"]
+    assert [field.name for field in dataclasses.fields(Scored)] == fields
     assert [scored.error for scored in search.top_k(3)] == [0.25, 0.5, 0.9]
     assert search.parents.tolist() == [[0, 1, 2], [1, 1, 1]]
     assert search.generation == 2
