@@ -9,11 +9,12 @@ from fastshift.errors import FastShiftError
 from fastshift.evaluator import Evaluator, Scores
 from fastshift.export import export
 from fastshift.ops import Frame, Head, Op, Unit
-from fastshift.population import Evolution, FeasibleSampler, Scored
+from fastshift.population import Evolution, Scored
 from fastshift.pretrain import PretrainOptions, PretrainResult, pretrain
 from fastshift.report import write_report
 from fastshift.result import SearchResult
 from fastshift.retrain import Retrained, RetrainOptions, retrain
+from fastshift.sampler import FeasibleSampler
 from fastshift.search import Search, SearchOptions, search, transfer
 from fastshift.space import Constraint, SearchSpace, parse_constraints
 from fastshift.supernet import ChainSupernet, Supernet, recalibrate

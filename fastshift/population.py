@@ -16,19 +16,10 @@ import numpy as np
 
 from fastshift._native import core as _core
 from fastshift.errors import CheckpointError, ConstraintError
-from fastshift.pareto import crowding_distance, non_dominated_sort, pareto_front
 from fastshift.sampler import Constraints, FeasibleSampler, wanted
 from fastshift.space import SearchSpace
 
-__all__ = [
-    "Evolution",
-    "FeasibleSampler",
-    "Scored",
-    "crowding_distance",
-    "non_dominated_sort",
-    "pareto_front",
-]
-
+__all__ = ["Evolution", "Scored"]
 
 _PRODUCERS = {"mutants": "mutation", "children": "crossover"}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastshift.population import Scored, pareto_front
+from fastshift.pareto import pareto_front
+from fastshift.population import Scored
 from fastshift.space import SearchSpace
 
 __all__ = ["History", "SearchResult"]

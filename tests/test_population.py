@@ -17,7 +17,8 @@ from scipy.stats import chisquare
 import fastshift.population
 from fastshift._population_ref import PopulationRef, SamplerRef
 from fastshift.errors import ArchError, CheckpointError, ConstraintError
-from fastshift.population import Evolution, FeasibleSampler, Scored
+from fastshift.population import Evolution, Scored
+from fastshift.sampler import FeasibleSampler
 from fastshift.space import ModuleSpace
 
 
