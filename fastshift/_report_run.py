@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 
 from fastshift import spaces
+from fastshift.constraints import Constraint, parse_constraints
 from fastshift.errors import ConfigError
 from fastshift.ops import Op, Unit, chain_flops, chain_output_size, chain_params
-from fastshift.space import Constraint, ModuleSpace, SearchSpace, parse_constraints
+from fastshift.space import ModuleSpace, SearchSpace
 
 __all__ = ["TIMES", "Layer", "Run", "Scores", "choices_of", "load", "short_count", "short_time"]
 

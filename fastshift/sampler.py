@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from fastshift._native import core as _core
+from fastshift.constraints import Constraint, parse_constraints
 from fastshift.errors import CheckpointError, ConstraintError
-from fastshift.space import Constraint, SearchSpace, parse_constraints
+from fastshift.space import SearchSpace
 
 __all__ = ["Constraints", "FeasibleSampler", "wanted"]
 
