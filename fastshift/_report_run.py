@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 
 from fastshift import spaces
+from fastshift.constraints import Constraint, parse_constraints
 from fastshift.errors import ConfigError
 from fastshift.ops import Op, Unit, chain_flops, chain_output_size, chain_params
-from fastshift.space import Constraint, ModuleSpace, SearchSpace, parse_constraints
+from fastshift.space import ModuleSpace, SearchSpace
 
 __all__ = ["TIMES", "Layer", "Run", "Scores", "choices_of", "load", "short_count", "short_time"]
 
@@ -29,6 +30,7 @@ _COLUMNS = ("error", "loss", "generation", "weights_version", "flops", "params")
 class Scores:
     """The lines of `scores.jsonl` as columns `[n]`: float64 error and loss, int64 the rest.
 
+    Error and loss of a failed score, null in the file, are NaN.
     Scores that were taken again under the final weights, after the last generation, are left out.
     """
 
@@ -244,7 +246,7 @@ def _read_scores(path: Path) -> Scores:
     found = [_score(text, f"{path}, line {number}") for number, text in enumerate(texts, start=1)]
     lines = [line for line in found if line is not None]
     columns = list(zip(*lines, strict=True)) if lines else [()] * (1 + len(_COLUMNS))
-    as_float = [np.array(column, dtype=np.float64) for column in columns[1:3]]
+    as_float = [np.array(column, dtype=np.float64) for column in columns[1:3]]  # None to NaN
     as_int = [np.array(column, dtype=np.int64) for column in columns[3:]]
     return Scores(list(columns[0]), *as_float, *as_int)
 

@@ -24,26 +24,15 @@ from torch import Tensor
 
 from fastshift.durable import (
     TEMPORARY,
-    ScoreLog,
     naming,
     read_file,
     replace_file,
     sync_folder,
-    truncate_log,
     write_file,
 )
 from fastshift.errors import CheckpointError
 
-__all__ = [
-    "FORMAT",
-    "Checkpoint",
-    "ScoreLog",
-    "load",
-    "load_supernet",
-    "save",
-    "save_supernet",
-    "truncate_log",
-]
+__all__ = ["FORMAT", "Checkpoint", "load", "load_supernet", "save", "save_supernet"]
 
 FORMAT = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,9 +137,16 @@ class ScoreLog:
             raise CheckpointError(f"{self.path} ends within a line, at byte {size}")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one line; `CheckpointError` where it cannot be written."""
+        """Add one line; `CheckpointError` where it cannot be written.
+
+        A float that is not finite, such as the error of a failed score, stands as null.
+        """
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
         with naming(self.path, "written"):
-            _write_all(self._file, json.dumps(row).encode() + b"\n")
+            _write_all(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> int:
         """Make all lines durable and return the file's length in bytes."""

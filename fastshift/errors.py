@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = [
     "ArchError",
-    "CaptureError",
     "CheckpointError",
     "ConfigError",
     "ConstraintError",
@@ -43,10 +42,6 @@ class CheckpointError(FastShiftError, ValueError):
 
 class ConfigError(FastShiftError, ValueError):
     """An option is unknown, has an unusable value, or contradicts another."""
-
-
-class CaptureError(FastShiftError, RuntimeError):
-    """A step cannot be captured as a CUDA graph."""
 
 
 class NonFiniteLossError(FastShiftError, RuntimeError):

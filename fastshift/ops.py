@@ -117,11 +117,6 @@ class Unit:
             raise SpaceError(f"{owner}: activation must be 'relu' or None, got {self.activation!r}")
 
     @property
-    def padding(self) -> int:
-        """Zeros added at each border."""
-        return self.kernel // 2
-
-    @property
     def groups(self) -> int:
         """Groups of the convolution."""
         return self.in_channels if self.kind == "depthwise" else 1

@@ -6,6 +6,7 @@ Errors and losses are minimised; NaN means failed. Numpy arrays come in and go o
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,19 +16,10 @@ import numpy as np
 
 from fastshift._native import core as _core
 from fastshift.errors import CheckpointError, ConstraintError
-from fastshift.pareto import crowding_distance, non_dominated_sort, pareto_front
 from fastshift.sampler import Constraints, FeasibleSampler, wanted
 from fastshift.space import SearchSpace
 
-__all__ = [
-    "Evolution",
-    "FeasibleSampler",
-    "Scored",
-    "crowding_distance",
-    "non_dominated_sort",
-    "pareto_front",
-]
-
+__all__ = ["Evolution", "Scored"]
 
 _PRODUCERS = {"mutants": "mutation", "children": "crossover"}
 
@@ -39,20 +31,20 @@ class Scored:
     Attributes:
         arch: choices, `[L]`.
         error: top-1 error in [0, 1].
-        loss: mean loss; NaN where none was told.
         flops: multiply-adds per image.
         params: parameters.
         weights_version: optimiser steps the weights had seen when it was scored.
         generation: the generation that proposed it last.
+        loss: mean loss; NaN where none was told.
     """
 
     arch: tuple[int, ...]
     error: float
-    loss: float
     flops: int
     params: int
     weights_version: int
     generation: int
+    loss: float = math.nan
 
 
 class Evolution:
@@ -176,7 +168,7 @@ class Evolution:
         return archs
 
     def tell(
-        self, archs: Any, errors: Any, losses: Any = None, *, weights_version: int = 0
+        self, archs: Any, errors: Any, losses: Any = None, *, weights_version: Any = 0
     ) -> None:
         """End a generation by its scores.
 
@@ -186,12 +178,12 @@ class Evolution:
             archs: choices, `[P, L]`, or anything `as_archs` takes.
             errors: top-1 errors, `[P]`; NaN where scoring failed.
             losses: mean losses, `[P]`.
-            weights_version: optimiser steps the weights had seen.
+            weights_version: optimiser steps the weights had seen, one number or `[P]`.
 
         Raises:
             ArchError: a row is not in the space.
             ConstraintError: a row breaks the constraints.
-            ValueError: errors or losses are not `[P]`, or losses are missing and decide.
+            ValueError: errors, losses or versions are not `[P]`, or losses are missing and decide.
         """
         archs = self.space.as_archs(archs)
         is_feasible = self.sampler.core.is_feasible(archs)
@@ -201,10 +193,13 @@ class Evolution:
                 f"archs row {row}: {self.space.format(archs[row])} is not in "
                 f"{wanted(self.sampler.constraints)}"
             )
-        self._core.tell(archs, *self._columns(archs, errors, losses), version=weights_version)
+        columns = self._columns(archs, errors, losses)
+        versions = _versions(weights_version, len(archs))
+        self._core.tell(archs, *columns, version=versions[0] if versions else 0)
+        self._set_versions(archs, versions)
 
     def replace_scores(
-        self, archs: Any, errors: Any, losses: Any = None, *, weights_version: int = 0
+        self, archs: Any, errors: Any, losses: Any = None, *, weights_version: Any = 0
     ) -> None:
         """Give kept architectures, such as the parents, new scores, without ending a generation.
 
@@ -215,7 +210,7 @@ class Evolution:
             archs: kept architectures, `[P, L]`, or anything `as_archs` takes.
             errors: top-1 errors, `[P]`; NaN where scoring failed.
             losses: mean losses, `[P]`.
-            weights_version: optimiser steps the weights had seen.
+            weights_version: optimiser steps the weights had seen, one number or `[P]`.
 
         Raises:
             ArchError: a row is not in the space.
@@ -223,7 +218,21 @@ class Evolution:
         """
         archs = self.space.as_archs(archs)
         columns = self._columns(archs, errors, losses)
-        self._core.replace_scores(archs, *columns, version=weights_version)
+        versions = _versions(weights_version, len(archs))
+        self._core.replace_scores(archs, *columns, version=versions[0] if versions else 0)
+        self._set_versions(archs, versions)
+
+    def _set_versions(self, archs: np.ndarray, versions: list[int]) -> None:
+        """Give rows just told their own versions; the core takes one for all."""
+        if len(set(versions)) < 2:
+            return
+        told = dict(zip(map(bytes, archs), versions, strict=True))  # of equal rows the last
+        *counters, kept = self._core.state()
+        rows, *columns, old, generations = kept
+        new = [
+            told.get(bytes(row), version) for row, version in zip(rows, old.tolist(), strict=True)
+        ]
+        self._core.set_state((*counters, (rows, *columns, np.array(new, np.int64), generations)))
 
     def _columns(self, archs: np.ndarray, errors: Any, losses: Any) -> list[np.ndarray]:
         if losses is None and self._settings["score_by"] == "loss":
@@ -267,7 +276,7 @@ class Evolution:
         params = self.space.params(archs).tolist()
         return [
             Scored(*row)
-            for row in zip(rows, errors, losses, flops, params, versions, generations, strict=True)
+            for row in zip(rows, errors, flops, params, versions, generations, losses, strict=True)
         ]
 
     @property
@@ -359,3 +368,13 @@ class Evolution:
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
         return f"Evolution({self.space.name!r}, generation={self.generation}, {settings})"
+
+
+def _versions(given: Any, num: int) -> list[int]:
+    """Return a version for each of `num` rows, from one number or `[num]`."""
+    versions = np.asarray(given)
+    if versions.dtype.kind not in "iu" or versions.shape not in ((), (num,)):
+        raise ValueError(
+            f"weights_version must be a whole number or have shape ({num},), got {given!r}"
+        )
+    return np.broadcast_to(versions, num).tolist()

@@ -102,13 +102,6 @@ class Progress:
         if not self.quiet and now - self._shown >= self._interval:
             self._show(now)
 
-    def note(self, text: str) -> None:
-        """Write one line that stays, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        elif not self.quiet:
-            print(text, file=self._stream, flush=True)
-
     def _show(self, now: float) -> None:
         self._shown = now
         self._is_stale = False

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastshift.population import Scored, pareto_front
+from fastshift.pareto import pareto_front
+from fastshift.population import Scored
 from fastshift.space import SearchSpace
 
 __all__ = ["History", "SearchResult"]
@@ -81,7 +82,7 @@ class History:
         error, loss, generation, version = self.rows[text]
         arch = self.space.parse(text)
         flops, params = int(self.space.flops(arch)[0]), int(self.space.params(arch)[0])
-        return Scored(tuple(arch.tolist()), error, loss, flops, params, version, generation)
+        return Scored(tuple(arch.tolist()), error, flops, params, version, generation, loss)
 
     def ranked(self, texts: Iterable[str]) -> list[Scored]:
         """The architectures whose scores are numbers, best first.

@@ -6,6 +6,12 @@ a drawn rank is built. Real-valued costs, costs of too many bins and several con
 sampled from a superset: the most selective constraint, its costs rounded to bins so that no
 feasible architecture is lost. Draws that break a constraint are then rejected, and their share is
 reported. The work is done by `fastshift._core`; `_population_ref` is the same in plain Python.
+
+Both ways are exactly uniform whatever the size of the counts. These are integers of as many 64-bit
+words as they need (two from 32 blocks of four choices on), and a rank has as many random bits as
+the count, drawn again where it is not below it: no probability is rounded. The one limit is the
+generator's: a seed starts one of 2^64 sequences, and a rank of over 256 bits, longer than the
+generator's state, cannot take every value.
 """
 
 from __future__ import annotations
@@ -17,16 +23,21 @@ from typing import Any
 import numpy as np
 
 from fastshift._native import core as _core
+from fastshift.constraints import Constraint, parse_constraints
 from fastshift.errors import CheckpointError, ConstraintError
-from fastshift.space import Constraint, SearchSpace, parse_constraints
+from fastshift.space import SearchSpace
 
 __all__ = ["Constraints", "FeasibleSampler", "wanted"]
 
 Constraints = Mapping[str, Any] | Iterable[Constraint] | None
 
 _MAX_BINS = 1 << 20  # of one level of the counting table
-_MAX_TABLE_WORDS = 1 << 25  # of the whole table: 256 MiB
+# Of the whole table: 256 MiB. From 32 blocks on it is this that bounds the bins: they times the
+# words of a count times the levels must fit, which leaves 508,400 bins to 32 blocks of four choices
+# and 172,074 to 64.
+_MAX_TABLE_WORDS = 1 << 25
 _COARSE_BINS = 1 << 14  # for costs that are not whole numbers of few enough bins
+_MAX_LISTED = 1 << 16  # architectures that are looked through one by one where no draw succeeds
 _EXACT_FLOAT = 1 << 53  # integers below it are exact in float64
 _STREAM = 0x5A3D_71C2_9E0F_B846  # parts a sampler's draws from those of an Evolution of its seed
 
@@ -40,7 +51,8 @@ class FeasibleSampler:
         seed: of the draws, at least 0.
 
     Raises:
-        ConstraintError: malformed, or no architecture meets all; names the cheapest and dearest.
+        ConstraintError: malformed; or no architecture meets all, where it names the cheapest and
+            the dearest; or none was found in 100,000 draws, where one may exist.
 
     Example:
         >>> from fastshift import spaces
@@ -77,9 +89,19 @@ class FeasibleSampler:
             archs, _, self._proposals = self.core.sample(1, rng=self._rng)
             self._accepted = len(archs)
             if not len(archs):
-                raise ConstraintError(
-                    f"{_infeasible(space, binding)} (none met all in {self._proposals} draws)"
-                )
+                raise ConstraintError(self._none_found(binding))
+
+    def _none_found(self, binding: Sequence[Constraint]) -> str:
+        """Say that there is no architecture where all were looked at, else that none was drawn."""
+        if self.core.count <= _MAX_LISTED:
+            listed = self.core.unrank(np.arange(self.core.count, dtype=np.uint64))
+            if not self.core.is_feasible(listed).any():
+                return _infeasible(self.space, binding)
+        return (
+            f"no architecture of {self.space.name} with {wanted(binding)} was found: none in "
+            f"{self._proposals:,} draws, an acceptance below {1 / self._proposals:.0e}; one may "
+            "exist, wider bounds would show it"
+        )
 
     @property
     def count(self) -> int | None:
@@ -102,8 +124,9 @@ class FeasibleSampler:
         self._accepted += len(archs)
         if len(archs) < num:
             raise ConstraintError(
-                f"only {len(archs)} of {num} architectures found: a draw was rejected too often, "
-                f"{self.acceptance_rate:.2g} of all draws meet {wanted(self.constraints)}"
+                f"only {len(archs)} of {num} architectures with {wanted(self.constraints)} were "
+                f"found in {proposals:,} draws; of all draws so far "
+                f"{self.acceptance_rate:.2g} were accepted, expected one in 100,000 at least"
             )
         return archs
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from fastshift.batch_norm import start_ema
 from fastshift.errors import ConfigError
-from fastshift.population import FeasibleSampler
 from fastshift.pretrain import PathTrainer, check_sgd
+from fastshift.sampler import FeasibleSampler
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +13,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastshift.errors import ArchError, CheckpointError, SpaceError
+from fastshift.errors import ArchError, CheckpointError, DataError, SpaceError
 from fastshift.layers import HeadModule, OpModule, UnitChain
 from fastshift.space import ModuleSpace, SearchSpace
 
-__all__ = ["ChainSupernet", "Supernet", "recalibrate"]
+__all__ = ["ChainSupernet", "Supernet", "needing_moments", "recalibrate"]
+
+
+@contextmanager
+def needing_moments(images: Tensor) -> Iterator[None]:
+    """Name the batch where a batch norm that takes moments meets one value a channel.
+
+    Args:
+        images: the batch that is computed within, `[N, C, H, W]`.
+
+    Raises:
+        DataError: it is one image, and it reaches a batch norm as a map of one pixel.
+    """
+    try:
+        yield
+    except ValueError as error:  # torch's own text names neither the batch nor what would do
+        if len(images) != 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "batch of 1 image: it reaches a batch norm as a map of one pixel, which has no "
+            "moments; expected batches of at least 2 images"
+        ) from error
 
 
 def recalibrate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
@@ -35,6 +57,7 @@ def recalibrate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.
 
     Raises:
         ValueError: there is no batch.
+        DataError: a batch is one image, and leaves a batch norm one value a channel.
     """
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -46,7 +69,8 @@ def recalibrate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.
     count = 0
     with torch.no_grad():
         for images, _ in batches:
-            net(_like(images, net))
+            with needing_moments(images):
+                net(_like(images, net))
             count += 1
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

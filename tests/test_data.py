@@ -343,6 +343,7 @@ def test_unusable_arrays_are_refused_by_name_value_and_expectation(message):
         ({"validation_size": float("nan")}, "validation_size=nan"),
         ({"validation_size": 0.999}, "validation_size=0.999: 400 of 400 images"),
         ({"calibration_batches": 9}, "calibration_batches=9 of 128 images: expected at most 300"),
+        ({"calibration_batch_size": 1}, "calibration_batch_size=1: expected an integer of at leas"),
         ({"calibration_batch_size": 301}, "calibration_batches=1 of 301 images"),
         ({"classes": [1]}, "classes=[1]: expected at least two distinct labels"),
         ({"classes": [1, 1]}, "classes=[1, 1]: expected at least two distinct labels"),

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastshift import durable
@@ -14,7 +15,7 @@ def test_a_log_goes_on_from_the_length_a_checkpoint_recorded(tmp_path):
     path = tmp_path / "scores.jsonl"
     with durable.ScoreLog(path) as log:
         assert log.flush() == 0
-        log.append({"arch": "012", "error": 1 / 3, "loss": math.inf})
+        log.append({"arch": "012", "error": 1 / 3, "loss": 2.5})
         length = log.flush()
         assert length == path.stat().st_size
         log.append({"arch": "210", "error": 0.5})
@@ -25,7 +26,14 @@ def test_a_log_goes_on_from_the_length_a_checkpoint_recorded(tmp_path):
         log.append({"arch": "222"})
         log.flush()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [{"arch": "012", "error": 1 / 3, "loss": math.inf}, {"arch": "222"}]
+    assert rows == [{"arch": "012", "error": 1 / 3, "loss": 2.5}, {"arch": "222"}]
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    with durable.ScoreLog(path) as log:
+        log.append({"error": math.nan, "loss": np.float64("inf"), "generation": 0, "flops": 7.5})
+    assert path.read_text() == '{"error": null, "loss": null, "generation": 0, "flops": 7.5}\n'
 
 
 def test_every_line_can_be_read_as_soon_as_it_is_appended(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,8 @@ from scipy.stats import chisquare
 import fastshift.population
 from fastshift._population_ref import PopulationRef, SamplerRef
 from fastshift.errors import ArchError, CheckpointError, ConstraintError
-from fastshift.population import Evolution, FeasibleSampler, Scored
+from fastshift.population import Evolution, Scored
+from fastshift.sampler import FeasibleSampler
 from fastshift.space import ModuleSpace
 
 
@@ -218,8 +220,10 @@ def test_a_score_says_what_when_and_under_which_weights():
     search.tell(["012", "111"], np.float32([0.25, 0.5]), [1.5, 2.0], weights_version=7)
     arch = [[0, 1, 2]]
     assert search.best == Scored(
-        (0, 1, 2), 0.25, 1.5, int(space.flops(arch)[0]), int(space.params(arch)[0]), 7, 1
+        (0, 1, 2), 0.25, int(space.flops(arch)[0]), int(space.params(arch)[0]), 7, 1, loss=1.5
     )
+    fields = ["arch", "error", "flops", "params", "weights_version", "generation", "loss"]
+    assert [field.name for field in dataclasses.fields(Scored)] == fields
     assert [scored.error for scored in search.top_k(3)] == [0.25, 0.5, 0.9]
     assert search.parents.tolist() == [[0, 1, 2], [1, 1, 1]]
     assert search.generation == 2
@@ -286,6 +290,25 @@ def test_a_second_score_replaces_the_first():
     search.tell(["00", "01"], [0.1, 0.2])
     search.tell(["00", "00"], [0.7, 0.3], weights_version=5)
     assert [(s.arch, s.error) for s in search.top_k(3)] == [((0, 1), 0.2), ((0, 0), 0.3)]
+
+
+@pytest.mark.parametrize("evolution", [Evolution, ReferenceEvolution])
+def test_each_row_can_have_the_version_of_its_own_weights(evolution):
+    search = evolution(plain_space(2, 4), 4, 2, seed=5)
+    search.tell(["00", "01"], [0.1, 0.2], weights_version=1)
+    fresh = evolution(plain_space(2, 4), 4, 2, seed=5)
+    fresh.tell(["00", "01"], [0.1, 0.2], weights_version=1)
+    rows, errors = ["11", "00", "12", "12", "13"], [0.3, 0.05, 0.7, 0.4, math.nan]
+    search.tell(rows, errors, weights_version=np.arange(20, 25))
+    fresh.tell(rows, errors, weights_version=7)
+    versions = {search.space.format(s.arch): s.weights_version for s in search.top_k(9)}
+    assert versions == {"00": 21, "01": 1, "11": 20, "12": 23}  # of equal rows the last counts
+    assert [s.generation for s in search.top_k(9)] == [1, 0, 1, 1]
+    search.replace_scores(["01", "12"], [0.5, 0.6], weights_version=[30, 31])
+    assert [s.weights_version for s in search.top_k(9)] == [21, 20, 30, 31]
+    fresh.replace_scores(["01", "12"], [0.5, 0.6])
+    np.testing.assert_array_equal(search.ask(), fresh.ask())  # nothing else depends on it
+    search.tell([], [], weights_version=3)
 
 
 def test_no_more_than_keep_are_kept():
@@ -359,6 +382,9 @@ def test_unusable_scores_are_refused():
         search.tell(archs, [0.1] * 3)
     with pytest.raises(ValueError, match=r"losses must have shape \(4,\), got \(4, 1\)"):
         search.tell(archs, [0.1] * 4, np.zeros((4, 1)))
+    for version in ([1, 2, 3], 1.5, None, True):
+        with pytest.raises(ValueError, match=r"weights_version must be a whole number or have sha"):
+            search.tell(archs, [0.1] * 4, weights_version=version)
     with pytest.raises(ArchError, match="out of range"):
         search.tell(archs + 3, [0.1] * 4)
     dearest = search.space.dearest("flops")
@@ -394,7 +420,8 @@ def scripted_scores(archs, generation):
 def advance(search, generation):
     """Go through one generation and return what was asked."""
     archs = search.ask()
-    search.tell(archs, *scripted_scores(archs, generation), weights_version=10 * generation)
+    versions = 10 * generation + np.arange(len(archs)) // 4
+    search.tell(archs, *scripted_scores(archs, generation), weights_version=versions)
     if generation % 2 == 1:
         parents = search.parents[::-1]
         search.replace_scores(parents, *scripted_scores(parents, -generation % 97))

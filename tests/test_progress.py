@@ -63,7 +63,6 @@ def test_nothing_is_shown_when_quiet(terminal: Terminal) -> None:
     for stream in (io.StringIO(), terminal):
         with Progress(1, what="search", quiet=True, stream=stream, interval=0.0) as progress:
             progress.advance(1, loss=1.0)
-            progress.note("a line")
         assert stream.getvalue() == ""
 
 
@@ -71,13 +70,11 @@ def test_a_terminal_gets_a_bar_with_the_figures(terminal: Terminal) -> None:
     pytest.importorskip("rich")
     with Progress(10, what="pretrain", stream=terminal) as progress:
         progress.advance(10, loss=0.25, best_error=0.5)
-        progress.note("generation 1 [done]")
     shown = terminal.getvalue()
     assert "pretrain" in shown
     assert "━" in shown
     assert "10/10" in shown
     assert "loss 0.25  best error 50.00 %" in shown
-    assert "generation 1 [done]" in shown
 
 
 def test_a_terminal_without_rich_gets_the_lines(

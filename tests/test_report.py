@@ -271,10 +271,13 @@ def test_a_search_by_loss_is_drawn_in_nats(tmp_path: Path) -> None:
     assert caption.startswith("Held-out cross-entropy of each generation's candidates")
 
 
-def test_scores_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [None, math.nan], ids=["null", "NaN"])
+def test_scores_that_are_not_finite_are_counted_and_not_drawn(
+    tmp_path: Path, value: float | None
+) -> None:
     directory = make_run(tmp_path)
     lines = (directory / "scores.jsonl").read_text().splitlines()
-    failed = [{**json.loads(line), "error": math.nan, "loss": math.nan} for line in lines[:2]]
+    failed = [{**json.loads(line), "error": value, "loss": value} for line in lines[:2]]
     text = "\n".join([*map(json.dumps, failed), *lines[2:]])
     (directory / "scores.jsonl").write_text(text + "\n")
     svg, caption = score_against_flops(load(directory))

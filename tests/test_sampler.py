@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from fastshift import _core, spaces
 from fastshift._population_ref import RngRef, SamplerRef
 from fastshift.errors import CheckpointError, ConstraintError
-from fastshift.sampler import FeasibleSampler
+from fastshift.sampler import FeasibleSampler, _bins
 from fastshift.space import Constraint, ModuleSpace
 
 
@@ -186,6 +186,50 @@ def test_counts_beyond_one_word_are_exact(num_blocks):
     np.testing.assert_array_equal(reference.sample(300), archs)
 
 
+def ways_to_cost(rows):
+    """Count the architectures of each total cost, in Python's integers."""
+    ways = {0: 1}
+    for row in rows:
+        longer = {}
+        for total, count in ways.items():
+            for cost in row:
+                longer[total + cost] = longer.get(total + cost, 0) + count
+        ways = longer
+    return ways
+
+
+@pytest.mark.parametrize("num_blocks", [32, 40, 70, 150])
+def test_choices_of_many_blocks_have_their_exact_shares(num_blocks):
+    generator = np.random.default_rng(num_blocks)
+    rows = generator.integers(0, 9, (num_blocks, 4)).tolist()
+    limit = sum(map(sum, rows)) // 5  # below the mean, so that the cheap choices are favoured
+    space = table_space(rows)
+    sampler = FeasibleSampler(space, {"flops": limit}, seed=3)
+    total = sum(count for cost, count in ways_to_cost(rows).items() if cost <= limit)
+    assert sampler.count == total
+    archs = sampler.sample(8000)
+    p_values = []
+    for block in (0, 1, num_blocks // 2, num_blocks - 1):
+        others = ways_to_cost(rows[:block] + rows[block + 1 :])
+        exact = [
+            sum(count for cost, count in others.items() if cost + own <= limit) / total
+            for own in rows[block]
+        ]
+        found = np.bincount(archs[:, block], minlength=4)
+        p_values.append(chisquare(found, 8000 * np.array(exact)).pvalue)
+    assert min(p_values) > 1e-3
+
+
+@pytest.mark.parametrize(("num_blocks", "bins"), [(32, 508_400), (64, 172_074)])
+def test_counts_of_two_words_and_more_leave_room_for_fewer_bins(num_blocks, bins):
+    step = bins // num_blocks
+    rows = [[0, 1, step - 1, step]] * (num_blocks - 1) + [[0, 0, 0, 10 * bins]]
+    for limit, is_exact in ((bins - 1, True), (bins, False)):
+        low, high, found = _bins(table_space(rows), Constraint("flops", None, limit))[1:]
+        assert found == is_exact
+        assert (low, high == limit) == (0, is_exact)
+
+
 def test_costs_of_too_many_bins_are_sampled_by_rejection():
     # coprime costs: no common divisor leaves fewer bins
     space = table_space([[1, 400_000 + i, 900_001 + 3 * i] for i in range(6)])
@@ -204,6 +248,8 @@ def test_a_choice_dearer_than_the_bound_costs_no_bins():
 def test_the_shufflenet_table_is_counted_without_rejection():
     space = spaces.build("shufflenet_v2")
     sampler = FeasibleSampler(space, {"flops": "330M"}, seed=0)
+    unbounded = Constraint("flops", None, space.largest("flops"))
+    assert _bins(space, unbounded)[1:] == (0, 20_448, True)
     archs = sampler.sample(20_000)
     assert space.flops(archs).max() <= 330_000_000
     uniform = FeasibleSampler(space, seed=1).sample(20_000)
@@ -256,10 +302,36 @@ def test_a_bound_no_architecture_meets_names_the_cheapest_and_the_dearest():
             FeasibleSampler(space, {"flops": wanted})
 
 
-def test_bounds_that_exclude_each_other_are_refused_after_a_bounded_search():
+def test_bounds_that_exclude_each_other_are_refused_where_every_architecture_was_seen():
     space = table_space([[1, 2, 3]] * 4, [[3, 2, 1]] * 4)
-    with pytest.raises(ConstraintError, match=r"flops the cheapest, 0000, .*params the cheapest"):
+    match = r"no architecture of table has .*flops the cheapest, 0000, .*params the cheapest"
+    with pytest.raises(ConstraintError, match=match):
         FeasibleSampler(space, {"flops": "5", "params": "5"})
+
+
+@pytest.mark.parametrize("sampler", [FeasibleSampler, ReferenceSampler])
+def test_a_search_in_vain_says_that_none_was_found_not_that_there_is_none(sampler, monkeypatch):
+    # there is none, but to prove it 531,441 architectures would have to be looked at
+    space = table_space([[0, 1, 1, 1]] * 12, [[1, 0, 0, 0]] * 12)
+    bounds = {"flops": (12, 12), "params": (1, 1)}
+    monkeypatch.setattr("fastshift._population_ref.MAX_PROPOSALS", 1000)
+    with pytest.raises(ConstraintError) as raised:
+        sampler(space, bounds)
+    text = str(raised.value)
+    draws = {FeasibleSampler: "100,000", ReferenceSampler: "1,000"}[sampler]
+    assert f"was found: none in {draws} draws, an acceptance below 1e-0" in text
+    assert "flops in 12:12, params in 1:1" in text
+    assert "one may exist" in text
+    assert "cheapest" not in text
+
+
+def test_samples_that_run_out_of_draws_say_how_many_there_were():
+    # one in 65,536 of the architectures that meet either bound meets both
+    one, other = [[0] + [1] * 255] * 2, [[0] * 256] * 2
+    space = table_space(one + other, other + one)
+    sampler = FeasibleSampler(space, {"flops": 0, "params": 0}, seed=0)
+    with pytest.raises(ConstraintError, match=r"only . of 50 architectures .* in [0-9,]+ draws"):
+        sampler.sample(50)
 
 
 def test_a_given_constraint_object_is_used_as_it_is():

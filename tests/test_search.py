@@ -591,6 +591,7 @@ def test_a_search_whose_every_score_fails_ends_with_no_winner(monkeypatch, tmp_p
     assert result.best is None
     assert result.top == result.pareto == []
     assert json.loads((tmp_path / "result.json").read_text())["best"] is None
+    assert {(row["error"], row["loss"]) for row in _lines(tmp_path)} == {(None, None)}
 
 
 # Losses that are not finite

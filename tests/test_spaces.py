@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -16,6 +18,8 @@ from fastshift.space import SearchSpace
 from fastshift.spaces.nasbench_macro import canonical, distinct
 
 SPOS_ARCH = "21012020202300003233"
+# Of the published table's architectures, parameters and FLOPs, as `digest_of_costs` writes them.
+NASBENCH_MACRO_COSTS = "672d7cab8462f1cd347a9e2c45dd635f39fa6432d46cd736b20c0cc1033324ac"
 
 
 def read_truth(name):
@@ -62,6 +66,15 @@ def test_every_shufflenet_block_costs_what_the_table_says():
         for op in block:
             found = (op.in_channels, op.out_channels, op.stride)
             assert found == (layer["inp"], layer["oup"], layer["stride"])
+
+
+def test_the_shufflenet_table_has_20_448_bins_of_flops():
+    # a bin is the greatest common divisor of what choices cost above the cheapest of their block
+    table = spaces.shufflenet_v2().flops_table
+    excess = table - table.min(axis=1, keepdims=True)
+    bin_flops = int(np.gcd.reduce(excess, axis=None))
+    assert bin_flops == 6272
+    assert excess.max(axis=1).sum() // bin_flops == 20_448
 
 
 @pytest.mark.parametrize("image_size", [32, 63])
@@ -116,12 +129,25 @@ def test_a_narrow_shufflenet_keeps_its_shape_and_a_too_narrow_one_is_refused():
 # NAS-Bench-Macro
 
 
+def digest_of_costs(rows):
+    """Return the SHA-256 of the lines `arch,params,flops`, by arch; each ends with a newline."""
+    lines = (f"{arch},{params},{flops}\n" for arch, params, flops in sorted(rows))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def test_every_nasbench_macro_architecture_has_the_recorded_parameters_and_flops():
-    truth = read_truth("nas_bench_macro.json")
     space = spaces.nasbench_macro()
-    assert len(truth) == space.size == 6561
-    assert space.params(list(truth)).tolist() == [record["params"] for record in truth.values()]
-    assert space.flops(list(truth)).tolist() == [record["flops"] for record in truth.values()]
+    archs = list(map("".join, itertools.product("012", repeat=8)))
+    assert len(archs) == space.size == 6561
+    rows = zip(archs, space.params(archs).tolist(), space.flops(archs).tolist(), strict=True)
+    assert digest_of_costs(rows) == NASBENCH_MACRO_COSTS
+
+
+def test_the_digest_of_nasbench_macro_is_that_of_its_records():
+    truth = read_truth("nas_bench_macro.json")
+    rows = [(arch, record["params"], record["flops"]) for arch, record in truth.items()]
+    assert len(rows) == 6561
+    assert digest_of_costs(rows) == NASBENCH_MACRO_COSTS
 
 
 def test_nasbench_macro_costs_two_known_architectures():

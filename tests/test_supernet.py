@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastshift import spaces
 from fastshift.batch_norm import start_ema
-from fastshift.errors import ArchError, CheckpointError, SpaceError
+from fastshift.errors import ArchError, CheckpointError, DataError, SpaceError
 from fastshift.evaluator import Evaluator
 from fastshift.supernet import Supernet
 from fastshift.testing import (
@@ -261,3 +261,14 @@ def test_trunk_and_head_are_all_there_is():
 def test_a_space_without_a_description_builds_no_supernet():
     with pytest.raises(SpaceError, match="no description"):
         Supernet(chain_supernet().space)
+
+
+def test_calibration_on_one_image_of_one_pixel_is_refused_in_our_words():
+    net = Supernet(spaces.nasbench_macro(image_size=8, width=0.25))  # 1x1 maps in the last stage
+    images = torch.rand(3, 3, 8, 8)
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(DataError, match=r"^batch of 1 image: .* expected batches of at least 2"):
+        net.subnet("1" * 8, calibration=[(images[:2], labels[:2]), (images[2:], labels[2:])])
+    net.subnet("1" * 8, calibration=[(images, labels)])
+    wider = Supernet(spaces.nasbench_macro(image_size=16, width=0.25))
+    wider.subnet("1" * 8, calibration=[(torch.rand(1, 3, 16, 16), labels[:1])])

@@ -16,7 +16,7 @@ LOWEST = {
     "seed": 0,
     "split_seed": 0,
     "calibration_batches": 1,
-    "calibration_batch_size": 1,
+    "calibration_batch_size": 2,  # one image may leave a batch norm a single value, so no moments
     "validation_batch_size": 1,
     "image_size": 1,
     "limit": 1,
@@ -51,7 +51,8 @@ class Options:
         validation_size: images held out of the training set for scoring, a count or a fraction
             below 1; if None a tenth, at most 5,000, and of small sets up to a quarter.
         calibration_batches: number of calibration batches; if None 8, or as many as there are.
-        calibration_batch_size: images in one; if None 128, or the whole of a smaller part.
+        calibration_batch_size: images in one, at least 2; if None 128, or the whole of a smaller
+            part.
         validation_batch_size: images in a batch of the scoring and the test set.
         image_size: side to bring the images to, in pixels; as they are if None.
         augment: whether training batches are augmented: a random crop of the image padded by an
