@@ -1,11 +1,17 @@
-"""Build the compiled population core; everything else is declared in pyproject.toml."""
+"""Build the compiled parts; everything else is declared in pyproject.toml."""
 
 from __future__ import annotations
 
+import sys
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+
+ParallelCompile("FASTSHIFT_BUILD_JOBS", default=2).install()
+
+# Products and sums contracted to fused multiply-adds: the kernels count on it.
+CPU_FLAGS = ["-O2"] if sys.platform == "win32" else ["-O2", "-ffp-contract=fast"]
 
 setup(
     ext_modules=[
@@ -15,7 +21,14 @@ setup(
             depends=sorted(glob("csrc/population/*.hpp")),
             cxx_std=17,
             extra_compile_args=["-O3"],
-        )
+        ),
+        Pybind11Extension(
+            "fastshift._cpu",
+            sorted(glob("csrc/cpu/*.cpp")),
+            depends=sorted(glob("csrc/cpu/*.hpp")),
+            cxx_std=17,
+            extra_compile_args=CPU_FLAGS,
+        ),
     ],
     cmdclass={"build_ext": build_ext},
 )

@@ -1,12 +1,13 @@
-"""The compiled population core, or a word on how to build it."""
+"""The compiled parts, or a word on how to build them."""
 
 from __future__ import annotations
 
 try:
     from fastshift import _core as core
+    from fastshift import _cpu as cpu
 except ImportError as error:
     raise ImportError(
-        "the compiled population core is missing; build it with `pip install -e .` in the checkout"
+        "a compiled part is missing; build it with `pip install -e .` in the checkout"
     ) from error
 
-__all__ = ["core"]
+__all__ = ["core", "cpu"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastshift.cpu import block_of
 from fastshift.supernet import ChainSupernet
 
 __all__ = ["POLICIES", "BatchNorms", "MomentSums", "MovingAverages", "evaluation_mode", "start_ema"]
@@ -64,6 +65,9 @@ class BatchNorms:
             Its output, and the mean and the unbiased variance, `[C]` each, that every batch norm
             met.
         """
+        block = block_of(owner, x)
+        if block is not None:
+            return block.train(x)
         found = self._of[owner]
         moments = [
             (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))
@@ -73,6 +77,18 @@ class BatchNorms:
 
     def impose(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
         """Apply an owner with the given statistics in place of its own."""
+        block = block_of(owner, x)
+        if block is not None and not torch.is_grad_enabled():
+            affine = []
+            for (_, norm), (mean, var) in zip(self._of[owner], moments, strict=True):
+                scale = torch.rsqrt(var + norm.eps)
+                if norm.weight is not None:
+                    scale = scale * norm.weight
+                shift = -mean * scale
+                if norm.bias is not None:
+                    shift = shift + norm.bias
+                affine.append((scale, shift))
+            return block.infer(x, affine)
         return self._with(owner, x, moments, False)
 
     def _with(

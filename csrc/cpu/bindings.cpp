@@ -1,0 +1,135 @@
+// fastshift._cpu: candidate ops on the CPU, for Python. No arithmetic lives here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "block.hpp"
+#include "isa.hpp"
+
+namespace py = pybind11;
+using namespace fastshift::cpu;
+
+using Address = std::uintptr_t;
+// depthwise, in, out, kernel, stride, relu
+using UnitTuple = std::tuple<bool, std::int64_t, std::int64_t, int, int, bool>;
+using ImagesTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+template <class T = float>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const Kernels& kernels_of(const std::string& name) {
+  for (const Kernels* kernels : available_kernels()) {
+    if (kernels->name == name) return *kernels;
+  }
+  throw std::invalid_argument("instruction set: '" + name + "' cannot run here");
+}
+
+Block make_block(const std::vector<UnitTuple>& units, int main_units, const std::string& frame,
+                 std::int64_t in_channels, std::int64_t out_channels) {
+  std::vector<Unit> made;
+  for (const auto& [depthwise, in, out, kernel, stride, relu] : units) {
+    made.push_back({depthwise, in, out, kernel, stride, relu});
+  }
+  const Frame kind = frame == "residual"  ? Frame::residual
+                     : frame == "shuffle" ? Frame::shuffle
+                                          : Frame::plain;
+  return Block(std::move(made), main_units, kind, in_channels, out_channels);
+}
+
+void expect(std::size_t got, std::size_t wanted, const char* what) {
+  if (got != wanted) throw std::invalid_argument(std::string(what) + ": wrong number of entries");
+}
+
+std::vector<Weights> weights_of(const Block& block, const std::vector<Address>& parameters,
+                                const std::vector<double>& eps) {
+  const std::size_t units = static_cast<std::size_t>(block.num_units());
+  expect(parameters.size(), 3 * units, "parameters");
+  expect(eps.size(), units, "eps");
+  std::vector<Weights> found;
+  for (std::size_t i = 0; i < units; ++i) {
+    found.push_back({at(parameters[3 * i]), at(parameters[3 * i + 1]), at(parameters[3 * i + 2]),
+                     eps[i]});
+  }
+  return found;
+}
+
+std::vector<Saved> saved_of(const Block& block, const std::vector<Address>& saved) {
+  const std::size_t units = static_cast<std::size_t>(block.num_units());
+  expect(saved.size(), 2 * units, "saved");
+  std::vector<Saved> found;
+  for (std::size_t i = 0; i < units; ++i) found.push_back({at(saved[2 * i]), at(saved[2 * i + 1])});
+  return found;
+}
+
+Images images_of(const ImagesTuple& images) {
+  return {std::get<0>(images), std::get<1>(images), std::get<2>(images)};
+}
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Candidate ops on the CPU: chains of convolution, batch norm and ReLU in their frames.";
+  m.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
+        return names;
+      },
+      "Names of the instruction sets that run here, best first.");
+  py::class_<Block>(m, "Block")
+      .def(py::init(&make_block), py::arg("units"), py::arg("main_units"), py::arg("frame"),
+           py::arg("in_channels"), py::arg("out_channels"))
+      .def("forward",
+           [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
+              const std::vector<Address>& parameters, const std::vector<double>& eps,
+              const std::vector<Address>& saved, Address y, int threads) {
+             const Kernels& kernels = kernels_of(isa);
+             const auto weights = weights_of(block, parameters, eps);
+             const auto kept = saved_of(block, saved);
+             const py::gil_scoped_release release;
+             block.forward(kernels, images_of(images), at(x), weights, kept, at(y), threads);
+           })
+      .def("backward",
+           [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
+              const std::vector<Address>& parameters, const std::vector<double>& eps,
+              const std::vector<Address>& saved, Address dy, Address dx,
+              const std::vector<Address>& gradients, const std::pair<Address, Address>& work,
+              int threads) {
+             const Kernels& kernels = kernels_of(isa);
+             const auto weights = weights_of(block, parameters, eps);
+             const auto kept = saved_of(block, saved);
+             expect(gradients.size(), 3 * weights.size(), "gradients");
+             std::vector<Gradients> to;
+             for (std::size_t i = 0; i < weights.size(); ++i) {
+               to.push_back({at(gradients[3 * i]), at(gradients[3 * i + 1]),
+                             at(gradients[3 * i + 2])});
+             }
+             float* const buffers[2] = {at(work.first), at(work.second)};
+             const py::gil_scoped_release release;
+             block.backward(kernels, images_of(images), at(x), weights, kept, at(dy), at(dx), to,
+                            buffers, threads);
+           })
+      .def("infer",
+           [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
+              const std::vector<Address>& folded, Address y, bool pooled,
+              const std::pair<Address, Address>& work, int threads) {
+             const Kernels& kernels = kernels_of(isa);
+             const std::size_t units = static_cast<std::size_t>(block.num_units());
+             expect(folded.size(), 3 * units, "folded");
+             std::vector<Folded> fixed;
+             for (std::size_t i = 0; i < units; ++i) {
+               fixed.push_back({at(folded[3 * i]), at(folded[3 * i + 1]), at(folded[3 * i + 2])});
+             }
+             float* const buffers[2] = {at(work.first), at(work.second)};
+             const py::gil_scoped_release release;
+             block.infer(kernels, images_of(images), at(x), fixed, at(y), pooled, buffers,
+                         threads);
+           });
+}

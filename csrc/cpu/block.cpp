@@ -1,0 +1,386 @@
+#include "block.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "pool.hpp"
+
+namespace fastshift::cpu {
+namespace {
+
+// Grows, and is aligned for any vector.
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+  template <class T>
+  T* get(int64_t count) {
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kShortcut, kRoles };
+
+// Memory that one thread uses again and again.
+template <class T>
+T* scratch_memory(Role role, int64_t count) {
+  static thread_local Buffer buffers[kRoles];
+  return buffers[role].get<T>(count);
+}
+
+Geometry geometry_of(const Unit& unit, int64_t height, int64_t width) {
+  return {height,           width,
+          (height - 1) / unit.stride + 1, (width - 1) / unit.stride + 1,
+          unit.in_channels, unit.out_channels,
+          unit.kernel,      unit.stride};
+}
+
+int64_t weight_size(const Unit& unit) {
+  return unit.depthwise ? unit.in_channels * unit.kernel * unit.kernel
+                        : unit.in_channels * unit.out_channels;
+}
+
+// Groups of images: a function of the shapes alone. Each holds a gradient of the weights of its own.
+int group_count(const Unit& unit, const Images& images) {
+  const int64_t room = (int64_t{8} << 20) / (4 * weight_size(unit));
+  return static_cast<int>(std::min(images.count, std::clamp<int64_t>(room, 4, 16)));
+}
+
+int64_t group_start(int group, int groups, int64_t count) { return count * group / groups; }
+
+const float* packed_weight(const Kernels& kernels, const Unit& unit, const float* weight,
+                           bool forward) {
+  if (unit.depthwise) {
+    float* to = scratch_memory<float>(
+        kPacked, kernels.packed_depthwise(unit.in_channels, unit.kernel));
+    kernels.pack_depthwise(weight, unit.in_channels, unit.kernel, forward, to);
+    return to;
+  }
+  const int64_t k = forward ? unit.in_channels : unit.out_channels;
+  const int64_t columns = forward ? unit.out_channels : unit.in_channels;
+  float* to = scratch_memory<float>(kPacked, kernels.packed_pointwise(k, columns));
+  kernels.pack_pointwise(weight, unit.out_channels, unit.in_channels, forward, to);
+  return to;
+}
+
+// Group moments, merged in order (Chan, Golub and LeVeque 1979), to a unit's statistics.
+void finish_statistics(const double* sums, int groups, const std::vector<int64_t>& counts,
+                       int64_t channels, const Weights& weights, float* statistics) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double mean = 0.0, squares = 0.0, count = 0.0;
+    for (int group = 0; group < groups; ++group) {
+      const double* own = sums + group * 3 * channels;
+      const double n = static_cast<double>(counts[group]), sum = own[channels + c];
+      const double group_mean = own[c] + sum / n;
+      const double group_squares = std::max(0.0, own[2 * channels + c] - sum * sum / n);
+      const double delta = group_mean - mean, total = count + n;
+      squares += group_squares + delta * delta * count * n / total;
+      mean += delta * n / total;
+      count = total;
+      // max() above drops a NaN; one that is there must stay.
+      if (std::isnan(own[2 * channels + c])) squares = own[2 * channels + c];
+    }
+    const double inverse = 1.0 / std::sqrt(squares / count + weights.eps);
+    const double scale = (weights.gamma ? weights.gamma[c] : 1.0) * inverse;
+    statistics[c] = static_cast<float>(mean);
+    statistics[channels + c] = static_cast<float>(squares / (count - 1.0));
+    statistics[2 * channels + c] = static_cast<float>(scale);
+    statistics[3 * channels + c] =
+        static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - mean * scale);
+    statistics[4 * channels + c] = static_cast<float>(inverse);
+  }
+}
+
+Affine affine_of(const Unit& unit, const float* statistics) {
+  return {statistics + 2 * unit.out_channels, statistics + 3 * unit.out_channels, unit.relu};
+}
+
+void parallel_rows(int64_t images, int64_t per_image, int threads,
+                   const std::function<void(int64_t, int64_t)>& task) {
+  const int groups = static_cast<int>(std::min<int64_t>(images, 32));
+  parallel(groups, threads, [&](int group) {
+    task(group_start(group, groups, images) * per_image,
+         group_start(group + 1, groups, images) * per_image);
+  });
+}
+
+}  // namespace
+
+Block::Block(std::vector<Unit> units, int main_units, Frame frame, int64_t in_channels,
+             int64_t out_channels)
+    : units_(std::move(units)),
+      main_units_(main_units),
+      frame_(frame),
+      in_channels_(in_channels),
+      out_channels_(out_channels) {
+  if (main_units_ < 1 || main_units_ > num_units()) throw std::invalid_argument("units: none");
+  for (const Unit& unit : units_) {
+    const bool known = unit.depthwise
+                           ? (unit.kernel == 3 || unit.kernel == 5 || unit.kernel == 7) &&
+                                 (unit.stride == 1 || unit.stride == 2)
+                           : unit.kernel == 1 && unit.stride >= 1;
+    if (!known) throw std::invalid_argument("units: a kernel or stride that is not built in");
+  }
+}
+
+Block::Chain Block::main_chain() const {
+  const bool splits = frame_ == Frame::shuffle && main_units_ == num_units();
+  Chain chain{0, main_units_, splits ? 1 : 0, splits ? 2 : 1, 0};
+  if (frame_ == Frame::shuffle) chain.y_offset = out_channels_ - units_[main_units_ - 1].out_channels;
+  return chain;
+}
+
+Block::Chain Block::shortcut_chain() const {
+  return {main_units_, static_cast<int>(num_units()), 0, 1, 0};
+}
+
+void Block::forward(const Kernels& kernels, const Images& images, const float* x,
+                    const std::vector<Weights>& weights, const std::vector<Saved>& saved, float* y,
+                    int threads) const {
+  const auto run = [&](const Chain& chain, Source residual) {
+    Source source{x + chain.x_offset, in_channels_, chain.x_step};
+    Affine prologue{nullptr, nullptr, false};
+    int64_t height = images.height, width = images.width;
+    for (int index = chain.first; index < chain.stop; ++index) {
+      const Unit& unit = units_[index];
+      const Geometry geometry = geometry_of(unit, height, width);
+      height = geometry.out_height;
+      width = geometry.out_width;
+      const int groups = group_count(unit, images);
+      const int64_t channels = unit.out_channels;
+      const float* packed = packed_weight(kernels, unit, weights[index].weight, true);
+      double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
+      std::fill(sums, sums + groups * 3 * channels, 0.0);
+      std::vector<int64_t> counts(groups);
+      const int64_t scratch = kernels.scratch(geometry, unit.depthwise);
+      parallel(groups, threads, [&](int group) {
+        Forward task{};
+        task.geometry = geometry;
+        task.first_image = group_start(group, groups, images.count);
+        task.stop_image = group_start(group + 1, groups, images.count);
+        task.x = source;
+        task.prologue = prologue;
+        task.weight = packed;
+        task.y = {saved[index].raw, channels, 1};
+        task.sums = sums + group * 3 * channels;
+        counts[group] = (task.stop_image - task.first_image) * height * width;
+        float* memory = scratch_memory<float>(kScratch, scratch);
+        (unit.depthwise ? kernels.depthwise_forward : kernels.pointwise_forward)(task, memory);
+      });
+      finish_statistics(sums, groups, counts, channels, weights[index], saved[index].statistics);
+      source = {saved[index].raw, channels, 1};
+      prologue = affine_of(unit, saved[index].statistics);
+    }
+    parallel_rows(images.count, height * width, threads, [&](int64_t first, int64_t stop) {
+      kernels.apply({first, stop, units_[chain.stop - 1].out_channels, source, prologue, residual,
+                     {y + chain.y_offset, out_channels_, 1}});
+    });
+  };
+  Source residual{nullptr, 0, 1};
+  if (num_units() > main_units_) {
+    run(shortcut_chain(), residual);
+    if (frame_ == Frame::residual) residual = {y, out_channels_, 1};
+  } else if (frame_ == Frame::residual) {
+    residual = {x, in_channels_, 1};
+  } else if (frame_ == Frame::shuffle) {
+    parallel_rows(images.count, images.height * images.width, threads,
+                  [&](int64_t first, int64_t stop) {
+                    kernels.apply({first, stop, in_channels_ / 2, {x, in_channels_, 2},
+                                   {nullptr, nullptr, false}, {nullptr, 0, 1},
+                                   {y, out_channels_, 1}});
+                  });
+  }
+  run(main_chain(), residual);
+}
+
+void Block::backward(const Kernels& kernels, const Images& images, const float* x,
+                     const std::vector<Weights>& weights, const std::vector<Saved>& saved,
+                     const float* dy, float* dx, const std::vector<Gradients>& gradients,
+                     float* const work[2], int threads) const {
+  const auto run = [&](const Chain& chain, Source add) {
+    std::vector<Geometry> geometry(num_units());
+    int64_t height = images.height, width = images.width;
+    for (int index = chain.first; index < chain.stop; ++index) {
+      geometry[index] = geometry_of(units_[index], height, width);
+      height = geometry[index].out_height;
+      width = geometry[index].out_width;
+    }
+    Source gradient{dy + chain.y_offset, out_channels_, 1};
+    std::vector<double> totals;  // [2][channels]: of the gradient, and of it times (raw - mean)
+    for (int index = chain.stop - 1; index >= chain.first; --index) {
+      const Unit& unit = units_[index];
+      const Geometry& shape = geometry[index];
+      const int64_t in = unit.in_channels, out = unit.out_channels;
+      const int64_t positions = shape.out_height * shape.out_width;
+      const float* statistics = saved[index].statistics;
+      const Affine activation = affine_of(unit, statistics);
+      const Source raw{saved[index].raw, out, 1};
+      const int groups = group_count(unit, images);
+      if (index == chain.stop - 1) {
+        double* sums = scratch_memory<double>(kSums, groups * 2 * out);
+        std::fill(sums, sums + groups * 2 * out, 0.0);
+        parallel(groups, threads, [&](int group) {
+          kernels.reduce({group_start(group, groups, images.count) * positions,
+                          group_start(group + 1, groups, images.count) * positions, out, raw,
+                          gradient, activation, statistics, sums + group * 2 * out});
+        });
+        totals.assign(2 * out, 0.0);
+        for (int group = 0; group < groups; ++group) {
+          for (int64_t i = 0; i < 2 * out; ++i) totals[i] += sums[group * 2 * out + i];
+        }
+      }
+      float* slope = scratch_memory<float>(kNorm, 2 * out);
+      float* offset = slope + out;
+      const double count = static_cast<double>(images.count * positions);
+      for (int64_t c = 0; c < out; ++c) {
+        const double inverse = statistics[4 * out + c], scale = statistics[2 * out + c];
+        const double correlation = totals[out + c] * inverse;
+        slope[c] = static_cast<float>(-scale * inverse * correlation / count);
+        offset[c] = static_cast<float>(-scale * totals[c] / count);
+        if (gradients[index].gamma) gradients[index].gamma[c] = static_cast<float>(correlation);
+        if (gradients[index].beta) gradients[index].beta[c] = static_cast<float>(totals[c]);
+      }
+      const bool first = index == chain.first;
+      const int64_t size = weight_size(unit);
+      const float* packed = packed_weight(kernels, unit, weights[index].weight, false);
+      float* partial = scratch_memory<float>(kPartial, groups * size);
+      double* sums = scratch_memory<double>(kSums, groups * 2 * in);
+      std::fill(sums, sums + groups * 2 * in, 0.0);
+      const int64_t scratch = kernels.scratch(shape, unit.depthwise);
+      parallel(groups, threads, [&](int group) {
+        Backward task{};
+        task.geometry = shape;
+        task.first_image = group_start(group, groups, images.count);
+        task.stop_image = group_start(group + 1, groups, images.count);
+        task.weight = packed;
+        task.raw = raw;
+        task.gradient = gradient;
+        task.activation = activation;
+        task.norm = {statistics, statistics + 2 * out, slope, offset};
+        if (first) {
+          task.x = {x + chain.x_offset, in_channels_, chain.x_step};
+          if (dx) task.dx = {dx + chain.x_offset, in_channels_, chain.x_step};
+          task.add = add;
+        } else {
+          task.x = {saved[index - 1].raw, in, 1};
+          task.prologue = affine_of(units_[index - 1], saved[index - 1].statistics);
+          task.x_mean = saved[index - 1].statistics;
+          task.dx = {work[index % 2], in, 1};
+          task.sums = sums + group * 2 * in;
+        }
+        task.dweight = partial + group * size;
+        std::fill(task.dweight, task.dweight + size, 0.0f);
+        float* memory = scratch_memory<float>(kScratch, scratch);
+        (unit.depthwise ? kernels.depthwise_backward : kernels.pointwise_backward)(task, memory);
+      });
+      for (int group = 1; group < groups; ++group) {
+        for (int64_t i = 0; i < size; ++i) partial[i] += partial[group * size + i];
+      }
+      if (unit.depthwise) {
+        const int taps = unit.kernel * unit.kernel;
+        for (int64_t c = 0; c < in; ++c) {
+          for (int tap = 0; tap < taps; ++tap) {
+            gradients[index].weight[c * taps + tap] = partial[tap * in + c];
+          }
+        }
+      } else {
+        std::copy(partial, partial + size, gradients[index].weight);
+      }
+      totals.assign(2 * in, 0.0);
+      for (int group = 0; group < groups; ++group) {
+        for (int64_t i = 0; i < 2 * in; ++i) totals[i] += sums[group * 2 * in + i];
+      }
+      gradient = {work[index % 2], in, 1};
+    }
+  };
+  Source add{nullptr, 0, 1};
+  if (num_units() > main_units_) {
+    run(shortcut_chain(), add);
+    if (dx) add = {dx, in_channels_, 1};
+  } else if (dx && frame_ == Frame::residual) {
+    add = {dy, out_channels_, 1};
+  } else if (dx && frame_ == Frame::shuffle) {
+    parallel_rows(images.count, images.height * images.width, threads,
+                  [&](int64_t first, int64_t stop) {
+                    kernels.apply({first, stop, in_channels_ / 2, {dy, out_channels_, 1},
+                                   {nullptr, nullptr, false}, {nullptr, 0, 1},
+                                   {dx, in_channels_, 2}});
+                  });
+  }
+  run(main_chain(), add);
+}
+
+void Block::infer(const Kernels& kernels, const Images& images, const float* x,
+                  const std::vector<Folded>& folded, float* y, bool pooled,
+                  float* const work[2], int threads) const {
+  const auto run = [&](const Chain& chain, Source residual, float* to) {
+    Source source{x + chain.x_offset, in_channels_, chain.x_step};
+    int64_t height = images.height, width = images.width;
+    for (int index = chain.first; index < chain.stop; ++index) {
+      const Unit& unit = units_[index];
+      const Geometry geometry = geometry_of(unit, height, width);
+      height = geometry.out_height;
+      width = geometry.out_width;
+      const bool last = index == chain.stop - 1;
+      const float* packed = packed_weight(kernels, unit, folded[index].weight, true);
+      const int groups = group_count(unit, images);
+      const int64_t scratch = kernels.scratch(geometry, unit.depthwise);
+      // Pooled, the last product's rows stay in cache.
+      const Target target = last ? Target{to + chain.y_offset, out_channels_, 1}
+                                 : Target{work[index % 2], unit.out_channels, 1};
+      parallel(groups, threads, [&](int group) {
+        Forward task{};
+        task.geometry = geometry;
+        task.first_image = group_start(group, groups, images.count);
+        task.stop_image = group_start(group + 1, groups, images.count);
+        task.x = source;
+        task.weight = packed;
+        task.y = target;
+        task.epilogue = {folded[index].scale, folded[index].shift, unit.relu};
+        if (last) task.residual = residual;
+        if (last && pooled) task.pooled = y;
+        float* memory = scratch_memory<float>(kScratch, scratch);
+        (unit.depthwise ? kernels.depthwise_forward : kernels.pointwise_forward)(task, memory);
+      });
+      source = {target.data, target.row, 1};
+    }
+  };
+  Source residual{nullptr, 0, 1};
+  if (num_units() > main_units_) {
+    // A product overwrites its rows before the residual is added, so that needs rows of its own.
+    float* aside = y;
+    if (frame_ == Frame::residual) {
+      aside = scratch_memory<float>(
+          kShortcut, images.count * images.height * images.width * out_channels_);
+    }
+    run(shortcut_chain(), residual, aside);
+    if (frame_ == Frame::residual) residual = {aside, out_channels_, 1};
+  } else if (frame_ == Frame::residual) {
+    residual = {x, in_channels_, 1};
+  } else if (frame_ == Frame::shuffle) {
+    parallel_rows(images.count, images.height * images.width, threads,
+                  [&](int64_t first, int64_t stop) {
+                    kernels.apply({first, stop, in_channels_ / 2, {x, in_channels_, 2},
+                                   {nullptr, nullptr, false}, {nullptr, 0, 1},
+                                   {y, out_channels_, 1}});
+                  });
+  }
+  run(main_chain(), residual, y);
+}
+
+}  // namespace fastshift::cpu

@@ -1,0 +1,423 @@
+// Depthwise convolutions: a few vectors of channels at a time, the padded lines that a kernel spans
+// held in a ring in the first-level cache. Included once per instruction set.
+
+// Vectors of channels read side by side: reading one alone would touch one cache line in many.
+constexpr int kForwardGroup = 4;
+constexpr int kBackwardGroup = 2;
+
+// Keeps the compiler from holding every weight in a register that it then has to spill.
+#define FS_OPAQUE(pointer) asm volatile("" : "+r"(pointer))
+
+inline int64_t padded_width(const Geometry& g) { return g.width + g.kernel - 1; }
+
+inline int64_t depthwise_scratch(const Geometry& g) {
+  const int64_t ring = g.kernel * padded_width(g);
+  const int64_t forward = kForwardGroup * ring, backward = 2 * kBackwardGroup * ring;
+  return ((forward > backward ? forward : backward) + padded_width(g)) * kLanes;
+}
+
+// Ask for a line's vectors: they lie too far apart for the hardware to foresee.
+inline void prefetch_line(const float* from, int64_t row, int64_t width, int vectors) {
+  for (int64_t i = 0; i < width; ++i) {
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(from + i * row + v * kLanes);
+  }
+}
+
+inline void clear_line(Vec* line, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) line[i] = Vec{};
+}
+
+// Some vectors of channels of x and the prologue's coefficients for them.
+template <int Group>
+struct Reader {
+  Source x;
+  bool affine, relu_after;
+  int vectors, last;
+  int64_t channel;
+  Vec scale[Group], shift[Group];
+
+  Reader(const Source& x, const Affine& prologue, int64_t channels, int64_t channel, int vectors)
+      : x(x),
+        affine(prologue.scale != nullptr),
+        relu_after(prologue.relu),
+        vectors(vectors),
+        last(lanes_left(channels, channel + (vectors - 1) * kLanes)),
+        channel(channel) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t c = channel + v * kLanes;
+      scale[v] = affine ? load_some(prologue.scale + c, count(v)) : splat(1.0f);
+      shift[v] = affine ? load_some(prologue.shift + c, count(v)) : Vec{};
+    }
+  }
+
+  int count(int v) const { return v == vectors - 1 ? last : kLanes; }
+
+  // Line y of an image, padded, into `to`; one vector's line is `plane` after the one before.
+  void line(const Geometry& g, int64_t image, int64_t y, Vec* to, int64_t plane) const {
+    const int64_t pad = g.kernel / 2, padded = padded_width(g);
+    if (y < 0 || y >= g.height) {
+      for (int v = 0; v < vectors; ++v) clear_line(to + v * plane, padded);
+      return;
+    }
+    const float* from = x.data + (image * g.height + y) * g.width * x.row + channel * x.step;
+    if (y + 1 < g.height && x.step == 1) {
+      prefetch_line(from + g.width * x.row, x.row, g.width, vectors);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      Vec* here = to + v * plane;
+      for (int64_t i = 0; i < pad; ++i) here[i] = here[padded - 1 - i] = Vec{};
+      here += pad;
+      const float* source = from + v * kLanes * x.step;
+      if (count(v) == kLanes && x.step == 1) {
+        copy<true>(source, g.width, here, v);
+      } else {
+        copy<false>(source, g.width, here, v);
+      }
+    }
+  }
+
+ private:
+  template <bool Whole>
+  Vec read(const float* from, int v) const {
+    return Whole ? load(from) : gather(from, x.step, 0, count(v));
+  }
+
+  template <bool Whole>
+  void copy(const float* source, int64_t width, Vec* to, int v) const {
+    const Vec by = scale[v], plus = shift[v];
+    if (affine && relu_after) {
+      for (int64_t i = 0; i < width; ++i) to[i] = relu(by * read<Whole>(source + i * x.row, v) + plus);
+    } else if (affine) {
+      for (int64_t i = 0; i < width; ++i) to[i] = by * read<Whole>(source + i * x.row, v) + plus;
+    } else {
+      for (int64_t i = 0; i < width; ++i) to[i] = read<Whole>(source + i * x.row, v);
+    }
+  }
+};
+
+// Positions [from, width) of one line of outputs, `Unroll` at a time; returns where it stopped.
+template <int Kernel, int Stride, int Unroll>
+inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, int64_t from,
+                             int64_t width, Vec* to) {
+  for (; from + Unroll <= width; from += Unroll) {
+    Vec sum[Unroll] = {};
+    const Vec* taps = weight;
+    FS_OPAQUE(taps);
+    for (int ky = 0; ky < Kernel; ++ky) {
+      const Vec* line = lines[ky] + from * Stride;
+      FS_OPAQUE(line);
+#pragma GCC unroll 7
+      for (int kx = 0; kx < Kernel; ++kx) {
+        const Vec tap = taps[kx];
+#pragma GCC unroll 8
+        for (int u = 0; u < Unroll; ++u) sum[u] += tap * line[u * Stride + kx];
+      }
+      taps += Kernel;
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < Unroll; ++u) to[from + u] = sum[u];
+  }
+  return from;
+}
+
+template <int Kernel, int Stride>
+inline void convolve(const Vec* const* lines, const Vec* weight, int64_t width, Vec* to) {
+#if FS_LANES == 16
+  int64_t x = convolve_part<Kernel, Stride, 8>(lines, weight, 0, width, to);
+  x = convolve_part<Kernel, Stride, 4>(lines, weight, x, width, to);
+#else
+  int64_t x = convolve_part<Kernel, Stride, 4>(lines, weight, 0, width, to);
+#endif
+  x = convolve_part<Kernel, Stride, 2>(lines, weight, x, width, to);
+  convolve_part<Kernel, Stride, 1>(lines, weight, x, width, to);
+}
+
+template <int Kernel, int Stride>
+void depthwise_forward_of(const Forward& task, float* scratch) {
+  const Geometry& g = task.geometry;
+  constexpr int64_t kPad = Kernel / 2;
+  const int64_t channels = g.in_channels, padded = padded_width(g), plane = Kernel * padded;
+  const Source& residual = task.residual;
+  const bool affine = task.epilogue.scale != nullptr;
+  Vec* const ring = reinterpret_cast<Vec*>(scratch);
+  Vec* const line = ring + kForwardGroup * plane;
+  const int total = static_cast<int>(round_up(channels, kLanes) / kLanes);
+  for (int64_t image = task.first_image; image < task.stop_image; ++image) {
+    for (int group = 0; group < total; group += kForwardGroup) {
+      const int vectors = total - group < kForwardGroup ? total - group : kForwardGroup;
+      const Reader<kForwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
+      Vec shift[kForwardGroup] = {}, sum[kForwardGroup] = {}, square[kForwardGroup] = {};
+      bool started = image != task.first_image;
+      if (task.sums && started) {
+        for (int64_t c = group * kLanes; c < channels && c < (group + vectors) * kLanes; ++c) {
+          shift[c / kLanes - group][c % kLanes] = static_cast<float>(task.sums[c]);
+        }
+      }
+      int64_t read = 0;  // padded lines in the ring so far
+      for (int64_t y = 0; y < g.out_height; ++y) {
+        for (; read < y * Stride + Kernel; ++read) {
+          reader.line(g, image, read - kPad, ring + read % Kernel * padded, plane);
+        }
+        const int64_t row = (image * g.out_height + y) * g.out_width;
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t c = (group + v) * kLanes;
+          const int count = reader.count(v);
+          const Vec* lines[Kernel];
+          for (int ky = 0; ky < Kernel; ++ky) {
+            lines[ky] = ring + v * plane + (y * Stride + ky) % Kernel * padded;
+          }
+          convolve<Kernel, Stride>(
+              lines, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
+              g.out_width, line);
+          float* to = task.y.data + row * task.y.row + c;
+          if (task.sums) {
+            if (!started) {
+              shift[v] = line[0];
+              for (int lane = 0; lane < count; ++lane) task.sums[c + lane] = shift[v][lane];
+            }
+            Vec own = {}, own_square = {};
+            for (int64_t x = 0; x < g.out_width; ++x) {
+              const Vec d = line[x] - shift[v];
+              own += d;
+              own_square += d * d;
+            }
+            sum[v] += own;
+            square[v] += own_square;
+          }
+          if (affine || task.epilogue.relu) {
+            const Vec scale = affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f);
+            const Vec move = affine ? load_some(task.epilogue.shift + c, count) : Vec{};
+            for (int64_t x = 0; x < g.out_width; ++x) {
+              const Vec value = scale * line[x] + move;
+              line[x] = task.epilogue.relu ? relu(value) : value;
+            }
+          }
+          if (residual.data) {
+            const float* from = residual.data + row * residual.row + c;
+            for (int64_t x = 0; x < g.out_width; ++x) {
+              line[x] += load_some(from + x * residual.row, count);
+            }
+          }
+          for (int64_t x = 0; x < g.out_width; ++x) {
+            store_some(to + x * task.y.row, line[x], count);
+          }
+        }
+        started = true;
+      }
+      for (int v = 0; task.sums && v < vectors; ++v) {
+        const int64_t c = (group + v) * kLanes;
+        add_lanes(task.sums + channels + c, sum[v], reader.count(v));
+        add_lanes(task.sums + 2 * channels + c, square[v], reader.count(v));
+      }
+    }
+  }
+}
+
+// Adds d raw times the input under it, along one line, for `Rows` lines of taps.
+template <int Kernel, int Stride, int Rows>
+inline void weight_gradient(const Vec* const* input, const Vec* draw, int64_t width, Vec* to) {
+  Vec sum[Rows][Kernel];
+#pragma GCC unroll 7
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 7
+    for (int kx = 0; kx < Kernel; ++kx) sum[r][kx] = to[r * Kernel + kx];
+  }
+  for (int64_t x = 0; x < width; ++x) {
+    const Vec value = draw[x * Stride];
+#pragma GCC unroll 7
+    for (int r = 0; r < Rows; ++r) {
+      const Vec* line = input[r] + x * Stride;
+      FS_OPAQUE(line);
+#pragma GCC unroll 7
+      for (int kx = 0; kx < Kernel; ++kx) sum[r][kx] += value * line[kx];
+    }
+  }
+#pragma GCC unroll 7
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 7
+    for (int kx = 0; kx < Kernel; ++kx) to[r * Kernel + kx] = sum[r][kx];
+  }
+}
+
+template <int Kernel, int Stride>
+inline void all_weight_gradients(const Vec* const* input, const Vec* draw, int64_t width,
+                                 Vec* to) {
+#if FS_LANES == 16
+  constexpr int kRows = Kernel <= 5 ? Kernel : 3;
+#else
+  constexpr int kRows = Kernel == 3 ? 3 : 1;
+#endif
+  int ky = 0;
+  for (; ky + kRows <= Kernel; ky += kRows) {
+    weight_gradient<Kernel, Stride, kRows>(input + ky, draw, width, to + ky * Kernel);
+  }
+  for (; ky < Kernel; ++ky) {
+    weight_gradient<Kernel, Stride, 1>(input + ky, draw, width, to + ky * Kernel);
+  }
+}
+
+// Some vectors of channels of d raw, at the positions of the input it was computed from, zeros
+// between.
+struct RawGradientReader {
+  const Backward& task;
+  int vectors, last;
+  int64_t channel;
+  Vec mean[kBackwardGroup], gain[kBackwardGroup], slope[kBackwardGroup], offset[kBackwardGroup];
+  Vec scale[kBackwardGroup], shift[kBackwardGroup];
+
+  RawGradientReader(const Backward& task, int64_t channel, int vectors)
+      : task(task),
+        vectors(vectors),
+        last(lanes_left(task.geometry.in_channels, channel + (vectors - 1) * kLanes)),
+        channel(channel) {
+    for (int v = 0; v < vectors; ++v) {
+      const int count = v == vectors - 1 ? last : kLanes;
+      const int64_t c = channel + v * kLanes;
+      mean[v] = load_some(task.norm.mean + c, count);
+      gain[v] = load_some(task.norm.gain + c, count);
+      slope[v] = load_some(task.norm.slope + c, count);
+      offset[v] = load_some(task.norm.offset + c, count);
+      scale[v] = load_some(task.activation.scale + c, count);
+      shift[v] = load_some(task.activation.shift + c, count);
+    }
+  }
+
+  template <int Kernel, int Stride>
+  void line(int64_t image, int64_t y, Vec* to, int64_t plane) const {
+    const Geometry& g = task.geometry;
+    constexpr int64_t kPad = Kernel / 2;
+    const int64_t padded = padded_width(g);
+    const bool empty = y < 0 || y % Stride || y / Stride >= g.out_height;
+    for (int v = 0; v < vectors; ++v) {
+      Vec* here = to + v * plane;
+      if (empty || Stride > 1) {
+        clear_line(here, padded);
+      } else {
+        for (int64_t i = 0; i < kPad; ++i) here[i] = here[padded - 1 - i] = Vec{};
+      }
+    }
+    if (empty) return;
+    const int64_t row = (image * g.out_height + y / Stride) * g.out_width;
+    const float* raw = task.raw.data + row * task.raw.row + channel;
+    const float* gradient = task.gradient.data + row * task.gradient.row + channel;
+    if (y / Stride + 1 < g.out_height) {
+      prefetch_line(raw + g.out_width * task.raw.row, task.raw.row, g.out_width, vectors);
+      prefetch_line(gradient + g.out_width * task.gradient.row, task.gradient.row, g.out_width,
+                    vectors);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const int count = v == vectors - 1 ? last : kLanes;
+      Vec* here = to + v * plane + kPad;
+      for (int64_t x = 0; x < g.out_width; ++x) {
+        const Vec h = load_some(raw + x * task.raw.row + v * kLanes, count);
+        Vec d = load_some(gradient + x * task.gradient.row + v * kLanes, count);
+        if (task.activation.relu) d = keep_positive(d, scale[v] * h + shift[v]);
+        here[x * Stride] = gain[v] * d + slope[v] * (h - mean[v]) + offset[v];
+      }
+    }
+  }
+};
+
+template <int Kernel, int Stride>
+void depthwise_backward_of(const Backward& task, float* scratch) {
+  const Geometry& g = task.geometry;
+  constexpr int64_t kPad = Kernel / 2;
+  const int64_t channels = g.in_channels, padded = padded_width(g), plane = Kernel * padded;
+  Vec* const inputs = reinterpret_cast<Vec*>(scratch);
+  Vec* const draws = inputs + kBackwardGroup * plane;
+  Vec* const line = draws + kBackwardGroup * plane;
+  const int total = static_cast<int>(round_up(channels, kLanes) / kLanes);
+  for (int64_t image = task.first_image; image < task.stop_image; ++image) {
+    for (int group = 0; group < total; group += kBackwardGroup) {
+      const int vectors = total - group < kBackwardGroup ? total - group : kBackwardGroup;
+      const Reader<kBackwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
+      const RawGradientReader draw_reader(task, group * kLanes, vectors);
+      Vec taps[kBackwardGroup][Kernel * Kernel] = {};
+      Vec sum[kBackwardGroup] = {}, product[kBackwardGroup] = {};
+      int64_t read = 0;  // padded lines in both rings so far
+      for (int64_t y = 0; y < g.height; ++y) {
+        for (; read < y + Kernel; ++read) {
+          const int64_t at = read % Kernel * padded;
+          reader.line(g, image, read - kPad, inputs + at, plane);
+          draw_reader.line<Kernel, Stride>(image, read - kPad, draws + at, plane);
+        }
+        const bool starts = y % Stride == 0 && y / Stride < g.out_height;
+        const int64_t row = (image * g.height + y) * g.width;
+        for (int v = 0; v < vectors; ++v) {
+          const Vec *input[Kernel], *draw[Kernel];
+          for (int ky = 0; ky < Kernel; ++ky) {
+            const int64_t at = v * plane + (y + ky) % Kernel * padded;
+            input[ky] = inputs + at;
+            draw[ky] = draws + at;
+          }
+          if (starts) {
+            all_weight_gradients<Kernel, Stride>(input, draw[kPad] + kPad, g.out_width, taps[v]);
+          }
+          if (!task.dx.data) continue;
+          const int64_t c = (group + v) * kLanes;
+          const int count = reader.count(v);
+          convolve<Kernel, 1>(
+              draw, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
+              g.width, line);
+          if (task.prologue.relu) {
+            const Vec* active = input[kPad] + kPad;
+            for (int64_t x = 0; x < g.width; ++x) line[x] = keep_positive(line[x], active[x]);
+          }
+          if (task.sums) {
+            const Vec mean = load_some(task.x_mean + c, count);
+            const float* from = task.x.data + row * task.x.row + c * task.x.step;
+            Vec own = {}, own_product = {};
+            for (int64_t x = 0; x < g.width; ++x) {
+              own += line[x];
+              own_product += line[x] * (gather(from + x * task.x.row, task.x.step, 0, count) - mean);
+            }
+            sum[v] += own;
+            product[v] += own_product;
+          }
+          if (task.add.data) {
+            const float* from = task.add.data + row * task.add.row + c;
+            for (int64_t x = 0; x < g.width; ++x) {
+              line[x] += load_some(from + x * task.add.row, count);
+            }
+          }
+          float* to = task.dx.data + row * task.dx.row;
+          for (int64_t x = 0; x < g.width; ++x) {
+            scatter(to + x * task.dx.row, task.dx.step, c, line[x], count);
+          }
+        }
+      }
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = (group + v) * kLanes;
+        const int count = reader.count(v);
+        for (int tap = 0; tap < Kernel * Kernel; ++tap) {
+          float* to = task.dweight + tap * channels + c;
+          store_some(to, load_some(to, count) + taps[v][tap], count);
+        }
+        if (task.sums) {
+          add_lanes(task.sums + c, sum[v], count);
+          add_lanes(task.sums + channels + c, product[v], count);
+        }
+      }
+    }
+  }
+}
+
+void depthwise_forward(const Forward& task, float* scratch) {
+  const int key = task.geometry.kernel * 10 + task.geometry.stride;
+  if (key == 31) return depthwise_forward_of<3, 1>(task, scratch);
+  if (key == 32) return depthwise_forward_of<3, 2>(task, scratch);
+  if (key == 51) return depthwise_forward_of<5, 1>(task, scratch);
+  if (key == 52) return depthwise_forward_of<5, 2>(task, scratch);
+  if (key == 71) return depthwise_forward_of<7, 1>(task, scratch);
+  if (key == 72) return depthwise_forward_of<7, 2>(task, scratch);
+}
+
+void depthwise_backward(const Backward& task, float* scratch) {
+  const int key = task.geometry.kernel * 10 + task.geometry.stride;
+  if (key == 31) return depthwise_backward_of<3, 1>(task, scratch);
+  if (key == 32) return depthwise_backward_of<3, 2>(task, scratch);
+  if (key == 51) return depthwise_backward_of<5, 1>(task, scratch);
+  if (key == 52) return depthwise_backward_of<5, 2>(task, scratch);
+  if (key == 71) return depthwise_backward_of<7, 1>(task, scratch);
+  if (key == 72) return depthwise_backward_of<7, 2>(task, scratch);
+}

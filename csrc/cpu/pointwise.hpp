@@ -1,0 +1,205 @@
+// 1x1 convolutions as products of a chunk of rows that stays in cache. Included once per
+// instruction set.
+
+constexpr int64_t kChunkFloats = 48 * 1024;  // of a chunk's rows, within the second-level cache
+
+inline int64_t chunk_rows(const Geometry& geometry) {
+  int64_t rows = kChunkFloats / (geometry.in_channels + geometry.out_channels);
+  rows = rows < 2 * kTileRows ? 2 * kTileRows : rows > 16 * kTileRows ? 16 * kTileRows : rows;
+  return rows / kTileRows * kTileRows;
+}
+
+// Position in the input of output row `row`.
+inline int64_t source_row(const Geometry& geometry, int64_t row) {
+  if (geometry.stride == 1) return row;
+  const int64_t per_image = geometry.out_height * geometry.out_width;
+  const int64_t image = row / per_image, rest = row % per_image;
+  const int64_t y = rest / geometry.out_width * geometry.stride;
+  const int64_t x = rest % geometry.out_width * geometry.stride;
+  return (image * geometry.height + y) * geometry.width + x;
+}
+
+// The prologue of rows [first, first + rows) into packed rows of `to`.
+inline void read_rows(const Geometry& geometry, const Source& x, const Affine& prologue,
+                      int64_t first, int64_t rows, float* to) {
+  const int64_t channels = geometry.in_channels;
+  if (x.step == 1 && geometry.stride == 1) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int count = lanes_left(channels, c);
+      const float* from = x.data + first * x.row + c;
+      const bool affine = prologue.scale != nullptr;
+      const Vec scale = affine ? load_some(prologue.scale + c, count) : splat(1.0f);
+      const Vec shift = affine ? load_some(prologue.shift + c, count) : Vec{};
+      for (int64_t row = 0; row < rows; ++row) {
+        Vec value = load_some(from + row * x.row, count);
+        if (affine) value = scale * value + shift;
+        if (prologue.relu) value = relu(value);
+        store_some(to + row * channels + c, value, count);
+      }
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = x.data + source_row(geometry, first + row) * x.row;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int count = lanes_left(channels, c);
+      const Vec value = apply_affine(gather(from, x.step, c, count), prologue, c, count);
+      store_some(to + row * channels + c, value, count);
+    }
+  }
+}
+
+inline bool reads_directly(const Geometry& geometry, const Source& x, const Affine& prologue) {
+  return !prologue.scale && !prologue.relu && x.step == 1 && geometry.stride == 1;
+}
+
+// Adds rows [first, first + rows) of a column of vectors to the means of their images.
+inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const float* from,
+                      int64_t from_row, int64_t channel, int count) {
+  const Geometry& g = task.geometry;
+  const int64_t per_image = g.out_height * g.out_width;
+  const Vec share = splat(1.0f / static_cast<float>(per_image));
+  for (int64_t row = 0; row < rows;) {
+    const int64_t image = (first + row) / per_image;
+    const bool begins = (first + row) % per_image == 0;
+    Vec sum = {};
+    for (; row < rows && (first + row) / per_image == image; ++row) {
+      sum += load_some(from + row * from_row, count);
+    }
+    float* to = task.pooled + image * g.out_channels + channel;
+    sum = sum * share;
+    if (!begins) sum += load_some(to, count);
+    store_some(to, sum, count);
+  }
+}
+
+void pointwise_forward(const Forward& task, float* scratch) {
+  const Geometry& g = task.geometry;
+  const int64_t per_image = g.out_height * g.out_width;
+  const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
+  const int64_t chunk = chunk_rows(g);
+  const bool direct = reads_directly(g, task.x, task.prologue);
+  const int64_t out = g.out_channels;
+  const bool affine = task.epilogue.scale != nullptr;
+  float* const columns_of_y = scratch + chunk * g.in_channels;
+  for (int64_t first = begin; first < end; first += chunk) {
+    const int64_t rows = end - first < chunk ? end - first : chunk;
+    const float* a = scratch;
+    int64_t a_row = g.in_channels;
+    if (direct) {
+      a = task.x.data + first * task.x.row;
+      a_row = task.x.row;
+    } else {
+      read_rows(g, task.x, task.prologue, first, rows, scratch);
+    }
+    for (int64_t column = 0; column < out; column += kPanel) {
+      const int columns = out - column < kPanel ? static_cast<int>(out - column) : kPanel;
+      float* y = task.pooled ? columns_of_y : task.y.data + first * task.y.row + column;
+      const int64_t y_row = task.pooled ? kPanel : task.y.row;
+      panel_product(rows, g.in_channels, a, a_row, task.weight + column * g.in_channels, y, y_row,
+                    columns);
+      for (int64_t c = column; c < column + columns; c += kLanes) {
+        const int count = lanes_left(column + columns, c);
+        float* here = y + c - column;
+        if (task.sums) {
+          if (first == begin) {
+            for (int lane = 0; lane < count; ++lane) task.sums[c + lane] = here[lane];
+          }
+          Vec shift = {};
+          for (int lane = 0; lane < count; ++lane) {
+            shift[lane] = static_cast<float>(task.sums[c + lane]);
+          }
+          Vec sum = {}, square = {};
+          for (int64_t row = 0; row < rows; ++row) {
+            const Vec d = load_some(here + row * y_row, count) - shift;
+            sum += d;
+            square += d * d;
+          }
+          add_lanes(task.sums + out + c, sum, count);
+          add_lanes(task.sums + 2 * out + c, square, count);
+        }
+        if (affine || task.epilogue.relu || task.residual.data) {
+          const Vec scale = affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f);
+          const Vec move = affine ? load_some(task.epilogue.shift + c, count) : Vec{};
+          const float* residual =
+              task.residual.data ? task.residual.data + first * task.residual.row + c : nullptr;
+          for (int64_t row = 0; row < rows; ++row) {
+            Vec value = scale * load_some(here + row * y_row, count) + move;
+            if (task.epilogue.relu) value = relu(value);
+            if (residual) value += load_some(residual + row * task.residual.row, count);
+            store_some(here + row * y_row, value, count);
+          }
+        }
+        if (task.pooled) pool_rows(task, first, rows, here, y_row, c, count);
+      }
+    }
+  }
+}
+
+void pointwise_backward(const Backward& task, float* scratch) {
+  const Geometry& g = task.geometry;
+  const int64_t per_image = g.out_height * g.out_width;
+  const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
+  const int64_t chunk = chunk_rows(g);
+  const bool direct = reads_directly(g, task.x, task.prologue);
+  const int64_t in = g.in_channels, out = g.out_channels;
+  float* draw = scratch;
+  float* rows_of_x = draw + chunk * out;
+  float* rows_of_dx = rows_of_x + chunk * in;
+  if (task.dx.data && g.stride > 1) {
+    const int64_t positions = g.height * g.width;
+    for (int64_t row = task.first_image * positions; row < task.stop_image * positions; ++row) {
+      for (int64_t c = 0; c < in; ++c) {
+        const float added = task.add.data ? task.add.data[row * task.add.row + c] : 0.0f;
+        task.dx.data[row * task.dx.row + c * task.dx.step] = added;
+      }
+    }
+  }
+  for (int64_t first = begin; first < end; first += chunk) {
+    const int64_t rows = end - first < chunk ? end - first : chunk;
+    const float* a = rows_of_x;
+    int64_t a_row = in;
+    if (direct) {
+      a = task.x.data + first * task.x.row;
+      a_row = task.x.row;
+    } else {
+      read_rows(g, task.x, task.prologue, first, rows, rows_of_x);
+    }
+    norm_backward(rows, out, task.raw.data + first * task.raw.row, task.raw.row,
+                  task.gradient.data + first * task.gradient.row, task.gradient.row,
+                  task.activation, task.norm, draw);
+    outer_product(rows, out, in, draw, out, a, a_row, task.dweight, in);
+    if (!task.dx.data) continue;
+    for (int64_t column = 0; column < in; column += kPanel) {
+      const int columns = in - column < kPanel ? static_cast<int>(in - column) : kPanel;
+      panel_product(rows, out, draw, out, task.weight + column * out, rows_of_dx + column, in,
+                    columns);
+      for (int64_t c = column; c < column + columns; c += kLanes) {
+        const int count = lanes_left(column + columns, c);
+        const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
+        Vec sum = {}, product = {};
+        for (int64_t row = 0; row < rows; ++row) {
+          Vec value = load_some(rows_of_dx + row * in + c, count);
+          if (task.prologue.relu) value = keep_positive(value, load_some(a + row * a_row + c, count));
+          const int64_t from = source_row(g, first + row);
+          if (task.sums) {
+            const Vec x = gather(task.x.data + from * task.x.row, task.x.step, c, count);
+            sum += value;
+            product += value * (x - mean);
+          }
+          float* to = task.dx.data + from * task.dx.row;
+          if (g.stride > 1) {
+            value += gather(to, task.dx.step, c, count);
+          } else if (task.add.data) {
+            value += load_some(task.add.data + from * task.add.row + c, count);
+          }
+          scatter(to, task.dx.step, c, value, count);
+        }
+        if (task.sums) {
+          add_lanes(task.sums + c, sum, count);
+          add_lanes(task.sums + in + c, product, count);
+        }
+      }
+    }
+  }
+}

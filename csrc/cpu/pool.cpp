@@ -1,0 +1,91 @@
+#include "pool.hpp"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fastshift::cpu {
+namespace {
+
+class Pool {
+ public:
+  void run(int count, int threads, const std::function<void(int)>& task) {
+    const std::lock_guard<std::mutex> one_caller(caller_);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(workers_.size()) < threads - 1) {
+        const int index = static_cast<int>(workers_.size());
+        workers_.emplace_back([this, index, seen = round_] { work(index, seen); });
+      }
+      task_ = &task;
+      count_ = count;
+      next_.store(0);
+      wanted_ = busy_ = threads - 1;
+      ++round_;
+    }
+    start_.notify_all();
+    take();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void take() {
+    for (int index = next_++; index < count_; index = next_++) (*task_)(index);
+  }
+
+  void work(int index, long seen) {
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        start_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+        if (index >= wanted_) continue;
+      }
+      take();
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (--busy_ == 0) done_.notify_one();
+      }
+    }
+  }
+
+  std::mutex caller_, mutex_;
+  std::condition_variable start_, done_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int)>* task_ = nullptr;
+  std::atomic<int> next_{0};
+  int count_ = 0, wanted_ = 0, busy_ = 0;
+  long round_ = 0;
+};
+
+// Never destroyed: its threads sleep until the process ends, and are not there in a forked child.
+Pool& pool() {
+  static std::mutex mutex;
+  static Pool* instance = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (owner != getpid()) {
+    instance = new Pool;
+    owner = getpid();
+  }
+  return *instance;
+}
+
+}  // namespace
+
+void parallel(int count, int threads, const std::function<void(int)>& task) {
+  if (threads > count) threads = count;
+  if (threads <= 1) {
+    for (int index = 0; index < count; ++index) task(index);
+  } else {
+    pool().run(count, threads, task);
+  }
+}
+
+}  // namespace fastshift::cpu

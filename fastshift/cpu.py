@@ -1,0 +1,260 @@
+"""Candidate ops by the compiled CPU kernels: one call a block, forward, backward and folded.
+
+Rows are float32 and channels last. The arithmetic is `csrc/cpu/`; this module holds the memory and
+what autograd needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from fastshift._native import cpu as _cpu
+from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
+
+__all__ = ["CpuBlock", "block_of", "instruction_set"]
+
+Moments = tuple[Tensor, Tensor]
+
+
+@cache
+def instruction_set() -> str:
+    """The instruction set that runs: `FASTSHIFT_CPU_ISA`, or the best this machine has."""
+    names = _cpu.instruction_sets()
+    wanted = os.environ.get("FASTSHIFT_CPU_ISA")
+    return wanted or names[0]
+
+
+_BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead | None] = WeakKeyDictionary()
+
+
+def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
+    """The compiled form of a module for rows such as `x`, or None where PyTorch's ops run it."""
+    if (
+        type(op) not in (OpModule, HeadModule)
+        or x.device.type != "cpu"
+        or x.dtype is not torch.float32
+        or os.environ.get("FASTSHIFT_BACKEND", "cpu") != "cpu"
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    if op not in _BLOCKS:
+        found = None
+        if _is_built_in(op):
+            found = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
+        _BLOCKS[op] = found
+    found = _BLOCKS[op]
+    # A hook expects the module it hangs on to be called.
+    if any(module._forward_hooks or module._forward_pre_hooks for module in op.modules()):
+        return None
+    return found
+
+
+def _is_built_in(op: nn.Module) -> bool:
+    units = [unit for unit in op.modules() if isinstance(unit, ConvUnit)]
+    return bool(units) and all(
+        unit.norm is not None
+        and unit.norm.track_running_stats
+        and unit.weight.dtype is torch.float32
+        and (
+            (unit.groups == 1 and unit.kernel_size[0] == 1)
+            or (unit.groups > 1 and unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2))
+        )
+        for unit in units
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its channels innermost in memory, itself where they are."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(images: int, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty((images, channels, height, width), memory_format=torch.channels_last)
+
+
+class CpuBlock:
+    """The compiled form of one candidate op."""
+
+    def __init__(self, op: UnitChain) -> None:
+        frame = op.frame if isinstance(op, OpModule) else "plain"
+        shortcut = op.shortcut if isinstance(op, OpModule) else None
+        units: list[ConvUnit] = [op._modules[str(i)] for i in range(op.num_units)]
+        main = len(units)
+        if shortcut is not None:
+            units += [shortcut._modules[str(i)] for i in range(shortcut.num_units)]
+        self.units = units
+        self.main = main
+        splits = frame == "shuffle" and shortcut is None
+        self.in_channels = units[0].in_channels * (2 if splits else 1)
+        self.out_channels = units[main - 1].out_channels
+        if frame == "shuffle":
+            aside = units[0].in_channels if splits else units[-1].out_channels
+            self.out_channels += aside
+        self.eps = [unit.norm.eps for unit in units]
+        self.core = _cpu.Block(
+            [
+                (
+                    unit.groups > 1,
+                    unit.in_channels,
+                    unit.out_channels,
+                    unit.kernel_size[0],
+                    unit.stride[0],
+                    unit.activation == "relu",
+                )
+                for unit in units
+            ],
+            main,
+            frame,
+            self.in_channels,
+            self.out_channels,
+        )
+
+    def parameters(self) -> list[Tensor | None]:
+        """Weight, scale and shift of each unit."""
+        return [p for unit in self.units for p in (unit.weight, unit.norm.weight, unit.norm.bias)]
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width that leave each unit."""
+        found = []
+        h, w = height, width
+        for index, unit in enumerate(self.units):
+            if index == self.main:
+                h, w = height, width
+            step = unit.stride[0]
+            h, w = (h - 1) // step + 1, (w - 1) // step + 1
+            found.append((h, w))
+        return found
+
+    def train(self, x: Tensor) -> tuple[Tensor, list[Moments]]:
+        """Apply the op with each batch norm normalising by this batch's own moments.
+
+        Args:
+            x: `[N, C, H, W]` float32.
+
+        Returns:
+            `[N, C', H', W']`, and mean and unbiased variance, `[C]` each, of every batch norm.
+        """
+        y, *statistics = _Train.apply(self, x, *self.parameters())
+        return y, [(s[0], s[1]) for s in statistics]
+
+    def infer(
+        self, x: Tensor, affine: Sequence[tuple[Tensor, Tensor]], pooled: bool = False
+    ) -> Tensor:
+        """Apply the op with a fixed scale and shift after each convolution, `[C]` each.
+
+        `pooled` gives the means over the positions, `[N, C']`.
+        """
+        x = _rows(x)
+        n, _, height, width = x.shape
+        sizes = self.sizes(height, width)
+        if pooled:
+            y = torch.empty(n, self.out_channels)
+        else:
+            y = _empty(n, self.out_channels, *sizes[self.main - 1])
+        largest = max(
+            unit.out_channels * h * w for unit, (h, w) in zip(self.units, sizes, strict=True)
+        )
+        work = torch.empty(2, n * largest)
+        folded = []
+        for unit, (scale, shift) in zip(self.units, affine, strict=True):
+            folded += [unit.weight.data_ptr(), scale.data_ptr(), shift.data_ptr()]
+        self.core.infer(
+            instruction_set(),
+            (n, height, width),
+            x.data_ptr(),
+            folded,
+            y.data_ptr(),
+            pooled,
+            (work[0].data_ptr(), work[1].data_ptr()),
+            torch.get_num_threads(),
+        )
+        return y
+
+
+class CpuHead:
+    """The compiled form of a classifier: its units fused, its linear layer PyTorch's."""
+
+    def __init__(self, head: HeadModule) -> None:
+        self._head = ref(head)  # its classifier may be replaced
+        self.block = CpuBlock(head.features)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        head = self._head()
+        return head.classifier(head.dropout(features))
+
+    def train(self, x: Tensor) -> tuple[Tensor, list[Moments]]:
+        """Logits `[N, num_classes]` and moments, as `CpuBlock.train`."""
+        y, moments = self.block.train(x)
+        return self._logits(y.mean(dim=(2, 3))), moments
+
+    def infer(self, x: Tensor, affine: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits `[N, num_classes]`, as `CpuBlock.infer`."""
+        pooled = self.block.units[-1].groups == 1
+        y = self.block.infer(x, affine, pooled)
+        return self._logits(y if pooled else y.mean(dim=(2, 3)))
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+class _Train(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, block: CpuBlock, x: Tensor, *parameters: Tensor | None):
+        x = _rows(x)
+        n, _, height, width = x.shape
+        sizes = block.sizes(height, width)
+        raws = [
+            torch.empty(n * h * w * unit.out_channels)
+            for unit, (h, w) in zip(block.units, sizes, strict=True)
+        ]
+        statistics = [torch.empty(5, unit.out_channels) for unit in block.units]
+        y = _empty(n, block.out_channels, *sizes[block.main - 1])
+        saved = [p for pair in zip(raws, statistics, strict=True) for p in pair]
+        block.core.forward(
+            instruction_set(),
+            (n, height, width),
+            x.data_ptr(),
+            _pointers(parameters),
+            block.eps,
+            _pointers(saved),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        ctx.block = block
+        ctx.count = len(parameters)
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, *_):
+        block = ctx.block
+        x, *rest = ctx.saved_tensors
+        parameters, saved = rest[: ctx.count], rest[ctx.count :]
+        dy = _rows(dy)
+        n, _, height, width = x.shape
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        gradients = [None if p is None else torch.empty_like(p) for p in parameters]
+        largest = max(raw.numel() for raw in saved[::2])
+        work = torch.empty(2, largest)
+        block.core.backward(
+            instruction_set(),
+            (n, height, width),
+            x.data_ptr(),
+            _pointers(parameters),
+            block.eps,
+            _pointers(saved),
+            dy.data_ptr(),
+            0 if dx is None else dx.data_ptr(),
+            _pointers(gradients),
+            (work[0].data_ptr(), work[1].data_ptr()),
+            torch.get_num_threads(),
+        )
+        return None, dx, *gradients
