@@ -36,7 +36,7 @@ _BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead | None] = WeakKeyDictio
 def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
     """The compiled form of a module for rows such as `x`, or None where PyTorch's ops run it."""
     if (
-        type(op) not in (OpModule, HeadModule)
+        type(op) not in (OpModule, HeadModule, UnitChain)
         or x.device.type != "cpu"
         or x.dtype is not torch.float32
         or os.environ.get("FASTSHIFT_BACKEND", "cpu") != "cpu"
@@ -61,10 +61,7 @@ def _is_built_in(op: nn.Module) -> bool:
         unit.norm is not None
         and unit.norm.track_running_stats
         and unit.weight.dtype is torch.float32
-        and (
-            (unit.groups == 1 and unit.kernel_size[0] == 1)
-            or (unit.groups > 1 and unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2))
-        )
+        and (unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2)))
         for unit in units
     )
 
@@ -143,35 +140,32 @@ class CpuBlock:
         y, *statistics = _Train.apply(self, x, *self.parameters())
         return y, [(s[0], s[1]) for s in statistics]
 
-    def infer(
-        self, x: Tensor, affine: Sequence[tuple[Tensor, Tensor]], pooled: bool = False
-    ) -> Tensor:
-        """Apply the op with a fixed scale and shift after each convolution, `[C]` each.
+    def infer(self, x: Tensor, moments: Sequence[Moments], pooled: bool = False) -> Tensor:
+        """Apply the op with batch norms that normalise by given statistics.
 
-        `pooled` gives the means over the positions, `[N, C']`.
+        Args:
+            x: `[N, C, H, W]` float32.
+            moments: mean and variance, `[C]` each, of every batch norm.
+            pooled: give the means over the positions, `[N, C']`.
+
+        Returns:
+            `[N, C', H', W']`, or `[N, C']` where pooled.
         """
         x = _rows(x)
         n, _, height, width = x.shape
-        sizes = self.sizes(height, width)
         if pooled:
             y = torch.empty(n, self.out_channels)
         else:
-            y = _empty(n, self.out_channels, *sizes[self.main - 1])
-        largest = max(
-            unit.out_channels * h * w for unit, (h, w) in zip(self.units, sizes, strict=True)
-        )
-        work = torch.empty(2, n * largest)
-        folded = []
-        for unit, (scale, shift) in zip(self.units, affine, strict=True):
-            folded += [unit.weight.data_ptr(), scale.data_ptr(), shift.data_ptr()]
+            y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1])
         self.core.infer(
             instruction_set(),
             (n, height, width),
             x.data_ptr(),
-            folded,
+            _pointers(self.parameters()),
+            self.eps,
+            [s.data_ptr() for pair in moments for s in pair],
             y.data_ptr(),
             pooled,
-            (work[0].data_ptr(), work[1].data_ptr()),
             torch.get_num_threads(),
         )
         return y
@@ -193,10 +187,10 @@ class CpuHead:
         y, moments = self.block.train(x)
         return self._logits(y.mean(dim=(2, 3))), moments
 
-    def infer(self, x: Tensor, affine: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def infer(self, x: Tensor, moments: Sequence[Moments]) -> Tensor:
         """Logits `[N, num_classes]`, as `CpuBlock.infer`."""
         pooled = self.block.units[-1].groups == 1
-        y = self.block.infer(x, affine, pooled)
+        y = self.block.infer(x, moments, pooled)
         return self._logits(y if pooled else y.mean(dim=(2, 3)))
 
 

@@ -163,8 +163,11 @@ def eval_step(
     losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
 
     def apply(owner: nn.Module, x: Tensor, sums: MomentSums | None) -> Tensor:
-        if not norms.of(owner) or policy == "running":
+        if not norms.of(owner):
             return owner(x)
+        if policy == "running":
+            moments = [(norm.running_mean, norm.running_var) for _, norm in norms.of(owner)]
+            return norms.impose(owner, x, moments)
         if policy == "batch":
             return norms.collect(owner, x)[0]
         if policy == "ema":

@@ -116,20 +116,18 @@ PYBIND11_MODULE(_cpu, m) {
              block.backward(kernels, images_of(images), at(x), weights, kept, at(dy), at(dx), to,
                             buffers, threads);
            })
-      .def("infer",
-           [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
-              const std::vector<Address>& folded, Address y, bool pooled,
-              const std::pair<Address, Address>& work, int threads) {
-             const Kernels& kernels = kernels_of(isa);
-             const std::size_t units = static_cast<std::size_t>(block.num_units());
-             expect(folded.size(), 3 * units, "folded");
-             std::vector<Folded> fixed;
-             for (std::size_t i = 0; i < units; ++i) {
-               fixed.push_back({at(folded[3 * i]), at(folded[3 * i + 1]), at(folded[3 * i + 2])});
-             }
-             float* const buffers[2] = {at(work.first), at(work.second)};
-             const py::gil_scoped_release release;
-             block.infer(kernels, images_of(images), at(x), fixed, at(y), pooled, buffers,
-                         threads);
-           });
+      .def("infer", [](const Block& block, const std::string& isa, const ImagesTuple& images,
+                       Address x, const std::vector<Address>& parameters,
+                       const std::vector<double>& eps, const std::vector<Address>& moments,
+                       Address y, bool pooled, int threads) {
+        const Kernels& kernels = kernels_of(isa);
+        const auto weights = weights_of(block, parameters, eps);
+        expect(moments.size(), 2 * weights.size(), "moments");
+        std::vector<Moments> fixed;
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+          fixed.push_back({at(moments[2 * i]), at(moments[2 * i + 1])});
+        }
+        const py::gil_scoped_release release;
+        block.infer(kernels, images_of(images), at(x), weights, fixed, at(y), pooled, threads);
+      });
 }

@@ -34,7 +34,10 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kShortcut, kRoles };
+enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kHidden, kShortcut, kRoles };
+
+// Hidden rows that inference holds at a time: within the second-level cache.
+constexpr int64_t kTileFloats = 96 * 1024;
 
 // Memory that one thread uses again and again.
 template <class T>
@@ -51,8 +54,8 @@ Geometry geometry_of(const Unit& unit, int64_t height, int64_t width) {
 }
 
 int64_t weight_size(const Unit& unit) {
-  return unit.depthwise ? unit.in_channels * unit.kernel * unit.kernel
-                        : unit.in_channels * unit.out_channels;
+  const int64_t taps = int64_t{unit.kernel} * unit.kernel;
+  return unit.in_channels * taps * (unit.depthwise ? 1 : unit.out_channels);
 }
 
 // Groups of images: a function of the shapes alone. Each holds a gradient of the weights of its own.
@@ -63,18 +66,28 @@ int group_count(const Unit& unit, const Images& images) {
 
 int64_t group_start(int group, int groups, int64_t count) { return count * group / groups; }
 
+int64_t round_to_line(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+int64_t packed_floats(const Kernels& kernels, const Unit& unit) {
+  if (unit.depthwise) return kernels.packed_depthwise(unit.in_channels, unit.kernel);
+  const int64_t depth = unit.in_channels * unit.kernel * unit.kernel;
+  return std::max(kernels.packed_product(depth, unit.out_channels),
+                  kernels.packed_product(unit.out_channels, depth));
+}
+
+void pack_weight(const Kernels& kernels, const Unit& unit, const float* weight, bool forward,
+                 float* to) {
+  if (unit.depthwise) {
+    kernels.pack_depthwise(weight, unit.in_channels, unit.kernel, forward, to);
+  } else {
+    kernels.pack_product(weight, unit.out_channels, unit.in_channels, unit.kernel, forward, to);
+  }
+}
+
 const float* packed_weight(const Kernels& kernels, const Unit& unit, const float* weight,
                            bool forward) {
-  if (unit.depthwise) {
-    float* to = scratch_memory<float>(
-        kPacked, kernels.packed_depthwise(unit.in_channels, unit.kernel));
-    kernels.pack_depthwise(weight, unit.in_channels, unit.kernel, forward, to);
-    return to;
-  }
-  const int64_t k = forward ? unit.in_channels : unit.out_channels;
-  const int64_t columns = forward ? unit.out_channels : unit.in_channels;
-  float* to = scratch_memory<float>(kPacked, kernels.packed_pointwise(k, columns));
-  kernels.pack_pointwise(weight, unit.out_channels, unit.in_channels, forward, to);
+  float* to = scratch_memory<float>(kPacked, packed_floats(kernels, unit));
+  pack_weight(kernels, unit, weight, forward, to);
   return to;
 }
 
@@ -106,6 +119,17 @@ void finish_statistics(const double* sums, int groups, const std::vector<int64_t
   }
 }
 
+// Batch norm by fixed statistics as scale * x + shift.
+void fold(const Weights& weights, const Moments& moments, int64_t channels, float* scale,
+          float* shift) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double by = (weights.gamma ? weights.gamma[c] : 1.0) /
+                      std::sqrt(static_cast<double>(moments.variance[c]) + weights.eps);
+    scale[c] = static_cast<float>(by);
+    shift[c] = static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - moments.mean[c] * by);
+  }
+}
+
 Affine affine_of(const Unit& unit, const float* statistics) {
   return {statistics + 2 * unit.out_channels, statistics + 3 * unit.out_channels, unit.relu};
 }
@@ -133,7 +157,7 @@ Block::Block(std::vector<Unit> units, int main_units, Frame frame, int64_t in_ch
     const bool known = unit.depthwise
                            ? (unit.kernel == 3 || unit.kernel == 5 || unit.kernel == 7) &&
                                  (unit.stride == 1 || unit.stride == 2)
-                           : unit.kernel == 1 && unit.stride >= 1;
+                           : unit.kernel % 2 == 1 && unit.stride >= 1;
     if (!known) throw std::invalid_argument("units: a kernel or stride that is not built in");
   }
 }
@@ -180,7 +204,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
         task.sums = sums + group * 3 * channels;
         counts[group] = (task.stop_image - task.first_image) * height * width;
         float* memory = scratch_memory<float>(kScratch, scratch);
-        (unit.depthwise ? kernels.depthwise_forward : kernels.pointwise_forward)(task, memory);
+        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)(task, memory);
       });
       finish_statistics(sums, groups, counts, channels, weights[index], saved[index].statistics);
       source = {saved[index].raw, channels, 1};
@@ -286,20 +310,19 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
         task.dweight = partial + group * size;
         std::fill(task.dweight, task.dweight + size, 0.0f);
         float* memory = scratch_memory<float>(kScratch, scratch);
-        (unit.depthwise ? kernels.depthwise_backward : kernels.pointwise_backward)(task, memory);
+        (unit.depthwise ? kernels.depthwise_backward : kernels.product_backward)(task, memory);
       });
       for (int group = 1; group < groups; ++group) {
         for (int64_t i = 0; i < size; ++i) partial[i] += partial[group * size + i];
       }
-      if (unit.depthwise) {
-        const int taps = unit.kernel * unit.kernel;
+      // The kernels keep the channels innermost, PyTorch the taps.
+      const int64_t taps = int64_t{unit.kernel} * unit.kernel, owners = size / (in * taps);
+      for (int64_t o = 0; o < owners; ++o) {
         for (int64_t c = 0; c < in; ++c) {
-          for (int tap = 0; tap < taps; ++tap) {
-            gradients[index].weight[c * taps + tap] = partial[tap * in + c];
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            gradients[index].weight[(o * in + c) * taps + tap] = partial[(o * taps + tap) * in + c];
           }
         }
-      } else {
-        std::copy(partial, partial + size, gradients[index].weight);
       }
       totals.assign(2 * in, 0.0);
       for (int group = 0; group < groups; ++group) {
@@ -326,61 +349,86 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
 }
 
 void Block::infer(const Kernels& kernels, const Images& images, const float* x,
-                  const std::vector<Folded>& folded, float* y, bool pooled,
-                  float* const work[2], int threads) const {
-  const auto run = [&](const Chain& chain, Source residual, float* to) {
-    Source source{x + chain.x_offset, in_channels_, chain.x_step};
+                  const std::vector<Weights>& weights, const std::vector<Moments>& moments,
+                  float* y, bool pooled, int threads) const {
+  // Hidden rows of a few images at a time, so that they stay in cache from unit to unit.
+  std::vector<Geometry> geometry(num_units());
+  std::vector<int64_t> packed_at(num_units() + 1, 0);
+  int64_t hidden = 1, scratch = 0, out_positions = 0;
+  for (const Chain& chain : {main_chain(), shortcut_chain()}) {
     int64_t height = images.height, width = images.width;
     for (int index = chain.first; index < chain.stop; ++index) {
       const Unit& unit = units_[index];
-      const Geometry geometry = geometry_of(unit, height, width);
-      height = geometry.out_height;
-      width = geometry.out_width;
-      const bool last = index == chain.stop - 1;
-      const float* packed = packed_weight(kernels, unit, folded[index].weight, true);
-      const int groups = group_count(unit, images);
-      const int64_t scratch = kernels.scratch(geometry, unit.depthwise);
-      // Pooled, the last product's rows stay in cache.
-      const Target target = last ? Target{to + chain.y_offset, out_channels_, 1}
-                                 : Target{work[index % 2], unit.out_channels, 1};
-      parallel(groups, threads, [&](int group) {
-        Forward task{};
-        task.geometry = geometry;
-        task.first_image = group_start(group, groups, images.count);
-        task.stop_image = group_start(group + 1, groups, images.count);
-        task.x = source;
-        task.weight = packed;
-        task.y = target;
-        task.epilogue = {folded[index].scale, folded[index].shift, unit.relu};
-        if (last) task.residual = residual;
-        if (last && pooled) task.pooled = y;
-        float* memory = scratch_memory<float>(kScratch, scratch);
-        (unit.depthwise ? kernels.depthwise_forward : kernels.pointwise_forward)(task, memory);
-      });
-      source = {target.data, target.row, 1};
+      const Geometry& g = geometry[index] = geometry_of(unit, height, width);
+      height = g.out_height;
+      width = g.out_width;
+      if (index < chain.stop - 1) hidden = std::max(hidden, unit.out_channels * height * width);
+      if (index == main_units_ - 1) out_positions = height * width;
+      scratch = std::max(scratch, kernels.scratch(g, unit.depthwise));
     }
-  };
-  Source residual{nullptr, 0, 1};
-  if (num_units() > main_units_) {
-    // A product overwrites its rows before the residual is added, so that needs rows of its own.
-    float* aside = y;
-    if (frame_ == Frame::residual) {
-      aside = scratch_memory<float>(
-          kShortcut, images.count * images.height * images.width * out_channels_);
-    }
-    run(shortcut_chain(), residual, aside);
-    if (frame_ == Frame::residual) residual = {aside, out_channels_, 1};
-  } else if (frame_ == Frame::residual) {
-    residual = {x, in_channels_, 1};
-  } else if (frame_ == Frame::shuffle) {
-    parallel_rows(images.count, images.height * images.width, threads,
-                  [&](int64_t first, int64_t stop) {
-                    kernels.apply({first, stop, in_channels_ / 2, {x, in_channels_, 2},
-                                   {nullptr, nullptr, false}, {nullptr, 0, 1},
-                                   {y, out_channels_, 1}});
-                  });
   }
-  run(main_chain(), residual, y);
+  for (int64_t index = 0; index < num_units(); ++index) {
+    packed_at[index + 1] = packed_at[index] + round_to_line(packed_floats(kernels, units_[index]));
+  }
+  float* packed = scratch_memory<float>(kPacked, packed_at.back());
+  for (int64_t index = 0; index < num_units(); ++index) {
+    pack_weight(kernels, units_[index], weights[index].weight, true, packed + packed_at[index]);
+  }
+  int64_t norm_floats = 0;
+  for (const Unit& unit : units_) norm_floats += 2 * unit.out_channels;
+  float* norms = scratch_memory<float>(kNorm, norm_floats);
+  std::vector<Affine> affine(num_units());
+  for (int64_t index = 0; index < num_units(); ++index) {
+    const int64_t channels = units_[index].out_channels;
+    fold(weights[index], moments[index], channels, norms, norms + channels);
+    affine[index] = {norms, norms + channels, units_[index].relu};
+    norms += 2 * channels;
+  }
+  const int64_t tile = std::clamp<int64_t>(kTileFloats / (2 * hidden), 1, images.count);
+  const int tiles = static_cast<int>((images.count + tile - 1) / tile);
+  const int64_t positions = images.height * images.width;
+  const bool aside = num_units() > main_units_ && frame_ == Frame::residual;
+  parallel(tiles, threads, [&](int index) {
+    const int64_t first = index * tile, count = std::min(tile, images.count - first);
+    const float* from = x + first * positions * in_channels_;
+    float* to = y + first * (pooled ? 1 : out_positions) * out_channels_;
+    float* work = scratch_memory<float>(kHidden, 2 * round_to_line(count * hidden));
+    float* const buffers[2] = {work, work + round_to_line(count * hidden)};
+    float* memory = scratch_memory<float>(kScratch, scratch);
+    const auto run = [&](const Chain& chain, Source residual, float* target) {
+      Source source{from + chain.x_offset, in_channels_, chain.x_step};
+      for (int i = chain.first; i < chain.stop; ++i) {
+        const Unit& unit = units_[i];
+        const bool last = i == chain.stop - 1;
+        Forward task{};
+        task.geometry = geometry[i];
+        task.stop_image = count;
+        task.x = source;
+        task.weight = packed + packed_at[i];
+        task.y = last ? Target{target + chain.y_offset, out_channels_, 1}
+                      : Target{buffers[i % 2], unit.out_channels, 1};
+        task.epilogue = affine[i];
+        if (last) task.residual = residual;
+        if (last && pooled) task.pooled = target;
+        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)(task, memory);
+        source = {task.y.data, task.y.row, 1};
+      }
+    };
+    Source residual{nullptr, 0, 1};
+    if (num_units() > main_units_) {
+      // A product overwrites its rows before the residual is added, so that has rows of its own.
+      float* shortcut = aside ? scratch_memory<float>(kShortcut, count * out_positions * out_channels_)
+                              : to;
+      run(shortcut_chain(), residual, shortcut);
+      if (aside) residual = {shortcut, out_channels_, 1};
+    } else if (frame_ == Frame::residual) {
+      residual = {from, in_channels_, 1};
+    } else if (frame_ == Frame::shuffle) {
+      kernels.apply({0, count * positions, in_channels_ / 2, {from, in_channels_, 2},
+                     {nullptr, nullptr, false}, {nullptr, 0, 1}, {to, out_channels_, 1}});
+    }
+    run(main_chain(), residual, to);
+  });
 }
 
 }  // namespace fastshift::cpu

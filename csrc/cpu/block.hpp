@@ -40,9 +40,9 @@ struct Gradients {
   float *weight, *gamma, *beta;  // overwritten; gamma and beta may be null
 };
 
-// A fixed affine map after each unit.
-struct Folded {
-  const float *weight, *scale, *shift;
+// Of one unit's batch norm: the statistics that inference normalises by.
+struct Moments {
+  const float *mean, *variance;
 };
 
 class Block {
@@ -63,10 +63,10 @@ class Block {
                 const std::vector<Weights>& weights, const std::vector<Saved>& saved,
                 const float* dy, float* dx, const std::vector<Gradients>& gradients,
                 float* const work[2], int threads) const;
-  // `pooled`: y is [images][out], the means over the positions; the last unit must be pointwise.
+  // `pooled`: y is [images][out], the means over the positions; the last unit is not depthwise.
   void infer(const Kernels& kernels, const Images& images, const float* x,
-             const std::vector<Folded>& folded, float* y, bool pooled, float* const work[2],
-             int threads) const;
+             const std::vector<Weights>& weights, const std::vector<Moments>& moments, float* y,
+             bool pooled, int threads) const;
 
  private:
   struct Chain {

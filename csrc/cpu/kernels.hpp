@@ -63,7 +63,7 @@ struct Backward {
   Target dx;      // gradient of what the prologue gave, masked; null: not wanted
   Source add;     // added to dx; null: none
   double* sums;   // [2][in]: of dx and of dx * (x - x_mean); or null
-  float* dweight; // [out][in], or [taps][channels] of a depthwise unit; added to
+  float* dweight; // [out][taps][in], or [taps][channels] of a depthwise unit; added to
 };
 
 // y = affine(x) + residual, row by row.
@@ -87,15 +87,16 @@ struct Reduce {
 struct Kernels {
   const char* name;
   int lanes;
-  int64_t (*packed_pointwise)(int64_t k, int64_t columns);  // floats
-  // Weights [out][in]; forward: for y, else for the gradient of x.
-  void (*pack_pointwise)(const float* weight, int64_t out, int64_t in, bool forward, float* to);
+  int64_t (*packed_product)(int64_t k, int64_t columns);  // floats
+  // Weights [out][in][taps]; forward: for y, else for the gradient of x.
+  void (*pack_product)(const float* weight, int64_t out, int64_t in, int kernel, bool forward,
+                       float* to);
   int64_t (*packed_depthwise)(int64_t channels, int kernel);
   void (*pack_depthwise)(const float* weight, int64_t channels, int kernel, bool forward, float* to);
   int64_t (*scratch)(const Geometry& geometry, bool depthwise);  // floats
-  void (*pointwise_forward)(const Forward& task, float* scratch);
+  void (*product_forward)(const Forward& task, float* scratch);
   void (*depthwise_forward)(const Forward& task, float* scratch);
-  void (*pointwise_backward)(const Backward& task, float* scratch);
+  void (*product_backward)(const Backward& task, float* scratch);
   void (*depthwise_backward)(const Backward& task, float* scratch);
   void (*apply)(const Apply& task);
   void (*reduce)(const Reduce& task);

@@ -11,7 +11,7 @@ namespace {
 #include "vector.hpp"
 #include "gemm.hpp"
 #include "rows.hpp"
-#include "pointwise.hpp"
+#include "product.hpp"
 #include "depthwise.hpp"
 #include "table.hpp"
 }  // namespace

@@ -26,10 +26,10 @@ inline void add_lanes(double* to, Vec value, int count) {
   for (int lane = 0; lane < count; ++lane) to[lane] += value[lane];
 }
 
-// d raw of `rows` rows into packed rows of `to`.
-inline void norm_backward(int64_t rows, int64_t channels, const float* raw, int64_t raw_row,
-                          const float* gradient, int64_t gradient_row, const Affine& activation,
-                          const NormBackward& norm, float* to) {
+template <bool Relu>
+inline void norm_backward_of(int64_t rows, int64_t channels, const float* raw, int64_t raw_row,
+                             const float* gradient, int64_t gradient_row, const Affine& activation,
+                             const NormBackward& norm, float* to) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int count = lanes_left(channels, c);
     const Vec mean = load_some(norm.mean + c, count), gain = load_some(norm.gain + c, count);
@@ -39,9 +39,21 @@ inline void norm_backward(int64_t rows, int64_t channels, const float* raw, int6
     for (int64_t row = 0; row < rows; ++row) {
       const Vec h = load_some(raw + row * raw_row + c, count);
       Vec g = load_some(gradient + row * gradient_row + c, count);
-      if (activation.relu) g = keep_positive(g, scale * h + shift);
+      if (Relu) g = keep_positive(g, scale * h + shift);
       store_some(to + row * channels + c, gain * g + slope * (h - mean) + offset, count);
     }
+  }
+}
+
+// d raw of `rows` rows into packed rows of `to`.
+inline void norm_backward(int64_t rows, int64_t channels, const float* raw, int64_t raw_row,
+                          const float* gradient, int64_t gradient_row, const Affine& activation,
+                          const NormBackward& norm, float* to) {
+  if (activation.relu) {
+    norm_backward_of<true>(rows, channels, raw, raw_row, gradient, gradient_row, activation, norm, to);
+  } else {
+    norm_backward_of<false>(rows, channels, raw, raw_row, gradient, gradient_row, activation, norm,
+                            to);
   }
 }
 

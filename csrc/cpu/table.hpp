@@ -1,12 +1,23 @@
 // The table of one instruction set. Included last, inside its anonymous namespace.
 
-int64_t packed_pointwise(int64_t k, int64_t columns) { return packed_size(k, columns); }
+int64_t packed_product(int64_t k, int64_t columns) { return packed_size(k, columns); }
 
-void pack_pointwise(const float* weight, int64_t out, int64_t in, bool forward, float* to) {
-  if (forward) {
-    pack(weight, 1, in, in, out, to);
-  } else {
-    pack(weight, in, 1, out, in, to);
+// Weights [out][in][taps] as columns of outputs over rows of [tap][in], or, for the gradient of x,
+// the other way round.
+void pack_product(const float* weight, int64_t out, int64_t in, int kernel, bool forward,
+                  float* to) {
+  const int64_t taps = int64_t{kernel} * kernel, depth = in * taps;
+  if (taps == 1) {
+    pack(weight, forward ? 1 : in, forward ? in : 1, forward ? in : out, forward ? out : in, to);
+    return;
+  }
+  const int64_t rows = forward ? depth : out, columns = forward ? out : depth;
+  for (int64_t column = 0; column < round_up(columns, kPanel); ++column) {
+    float* panel = to + column / kPanel * rows * kPanel + column % kPanel;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t o = forward ? column : row, k = forward ? row : column;
+      panel[row * kPanel] = column < columns ? weight[(o * in + k % in) * taps + k / in] : 0.0f;
+    }
   }
 }
 
@@ -28,10 +39,10 @@ void pack_depthwise(const float* weight, int64_t channels, int kernel, bool forw
 
 int64_t scratch(const Geometry& g, bool depthwise) {
   if (depthwise) return depthwise_scratch(g);
-  return chunk_rows(g) * (g.out_channels + 2 * g.in_channels + kPanel);
+  return chunk_rows(g) * (g.out_channels + 2 * depth(g) + kPanel);
 }
 
-const Kernels kTable = {FS_NAME,           kLanes,           packed_pointwise, pack_pointwise,
-                        packed_depthwise,  pack_depthwise,   scratch,          pointwise_forward,
-                        depthwise_forward, pointwise_backward, depthwise_backward, apply,
+const Kernels kTable = {FS_NAME,           kLanes,           packed_product, pack_product,
+                        packed_depthwise,  pack_depthwise,   scratch,          product_forward,
+                        depthwise_forward, product_backward, depthwise_backward, apply,
                         reduce};
