@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastshift import batch_norm, spaces
 from fastshift.batch_norm import BatchNorms, evaluation_mode, start_ema
-from fastshift.errors import ArchError, SpaceError
+from fastshift.errors import ArchError, DataError, SpaceError
 from fastshift.evaluator import Evaluator
 from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import Supernet
@@ -449,6 +449,19 @@ def test_recalibrate_without_batches_is_a_value_error(data):
         score = Evaluator(net, [], calibration=data.calibration, strategy=strategy)
         with pytest.raises(ValueError, match="batches"):
             score(["0000"])
+
+
+@pytest.mark.parametrize("strategy", ["shared", "sequential"])
+@pytest.mark.parametrize("policy", ["recalibrate", "batch"])
+def test_one_image_that_ends_as_one_pixel_has_no_moments(policy, strategy):
+    net = Supernet(spaces.nasbench_macro(image_size=8, width=0.25))  # 1x1 maps in the last stage
+    options = {"num_classes": 10, "validation": (5, 1), "calibration": (4, 1)}
+    data = synthetic_data(**options)
+    score = _evaluator(net, data, strategy, batch_norm=policy)
+    with pytest.raises(DataError, match=r"^batch of 1 image: .* expected batches of at least 2"):
+        score(["1" * 8])
+    running = _evaluator(net, data, strategy, batch_norm="running")
+    assert np.isfinite(running(["1" * 8])).all()
 
 
 def test_ema_before_any_shift_step_is_a_value_error(data):
