@@ -139,7 +139,7 @@ def test_fp32_losses_are_as_accurate_as_one_at_a_time(data):
     assert_as_accurate([shared.losses], [plain.losses], [exact.losses])
 
 
-def _assert_equal_on(net, data, archs, policy="recalibrate"):
+def _assert_equal_on(net, data, archs, policy):
     plain = _plain_logits(net, data, archs, policy)
     exact = _plain_logits(copy.deepcopy(net).double(), data, archs, policy)
     for size in (1, len(archs)):
@@ -151,23 +151,28 @@ def _assert_equal_on(net, data, archs, policy="recalibrate"):
     assert global_error([logits], [exact]) < FLOAT64_TOLERANCE
 
 
-def test_shared_equals_sequential_on_the_digits_space():
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_equals_sequential_on_the_digits_space(policy):
     net = _with_ema(randomise(Supernet(spaces.digits())))
     data = synthetic_data(num_classes=10, in_channels=1, validation=(6,), calibration=(5, 4))
-    _assert_equal_on(net, data, net.space.as_archs(["012301", "012311", "333333"]))
+    _assert_equal_on(net, data, net.space.as_archs(["012301", "012311", "333333"]), policy)
 
 
-def test_shared_equals_sequential_on_the_nasbench_macro_space():
-    net = randomise(Supernet(spaces.nasbench_macro(width=0.25)))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_equals_sequential_on_the_nasbench_macro_space(policy):
+    net = _with_ema(randomise(Supernet(spaces.nasbench_macro(width=0.25))))
     data = synthetic_data(num_classes=10, image_size=32, validation=(4,), calibration=(4,))
-    _assert_equal_on(net, data, net.space.as_archs(["20101202", "20101201", "00000000"]))
+    archs = net.space.as_archs(["20101202", "20101201", "00000000"])
+    _assert_equal_on(net, data, archs, policy)
 
 
-def test_shared_equals_sequential_on_the_shufflenet_space():
-    net = randomise(Supernet(spaces.shufflenet_v2(image_size=32, num_classes=10, width=0.25)))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_equals_sequential_on_the_shufflenet_space(policy):
+    space = spaces.shufflenet_v2(image_size=32, num_classes=10, width=0.25)
+    net = _with_ema(randomise(Supernet(space)))
     data = synthetic_data(num_classes=10, image_size=32, validation=(2,), calibration=(2,))
     last = "0123" * 4
-    _assert_equal_on(net, data, net.space.as_archs([last + "0123", last + "0120"]))
+    _assert_equal_on(net, data, net.space.as_archs([last + "0123", last + "0120"]), policy)
 
 
 def test_a_trie_of_the_whole_space_equals_one_architecture_at_a_time(data):
