@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastshift.cpu import block_of
-from fastshift.supernet import ChainSupernet
+from fastshift.supernet import ChainSupernet, needing_moments
 
 __all__ = ["POLICIES", "BatchNorms", "MomentSums", "MovingAverages", "evaluation_mode", "start_ema"]
 
@@ -64,8 +64,12 @@ class BatchNorms:
         Returns:
             Its output, and the mean and the unbiased variance, `[C]` each, that every batch norm
             met.
+
+        Raises:
+            DataError: `x` is one image, and leaves a batch norm one value a channel.
         """
-        block = block_of(owner, x)
+        # One image may reach a norm as one pixel, which has no variance: PyTorch's norm says so.
+        block = block_of(owner, x) if len(x) > 1 else None
         if block is not None:
             return block.train(x)
         found = self._of[owner]
@@ -73,7 +77,8 @@ class BatchNorms:
             (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))
             for _, norm in found
         ]
-        return self._with(owner, x, moments, True), moments
+        with needing_moments(x):
+            return self._with(owner, x, moments, True), moments
 
     def impose(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
         """Apply an owner with the given statistics in place of its own."""

@@ -48,7 +48,7 @@ _SPACE = Section(SpaceOptions, "space")
 _SUPERNET = Section(SupernetOptions, "weights")
 _DATA = Section(DataOptions, "data")
 _IMAGES = Section(data.Options, "images", hidden=("batch_size", "seed"))
-_CONSTRAINTS = Section(ConstraintOptions, "constraints")
+_CONSTRAINTS = Section(ConstraintOptions, "constraints of the candidates")
 _SEARCH = Section(SearchOptions, "search", hidden=("constraints",))
 _END = (
     Section(EndOptions, "at the end"),
@@ -61,7 +61,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
         _SPACE,
         _DATA,
         Section(PretrainOptions, "training", hidden=("constraints",)),
-        _CONSTRAINTS,
+        Section(ConstraintOptions, "constraints of the sampled paths"),
         _PLACE,
         _IMAGES,
     ),
@@ -74,7 +74,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
         _SEARCH,
         Section(
             PretrainOptions,
-            "pre-training, where no supernet is given",
+            "pre-training without a given supernet: on the whole space, whatever the constraints",
             prefix="pretrain_",
             hidden=("constraints",),
         ),
@@ -99,7 +99,7 @@ VERBS: dict[str, tuple[Section, ...]] = {
         _SPACE,
         _DATA,
         Section(EvaluateOptions, "scoring"),
-        _CONSTRAINTS,
+        Section(ConstraintOptions, "constraints of random:N"),
         _PLACE,
         _IMAGES,
     ),

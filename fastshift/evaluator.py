@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
 from fastshift.steps import Statistics, calibrate_step, eval_step
-from fastshift.supernet import ChainSupernet
+from fastshift.supernet import ChainSupernet, needing_moments
 from fastshift.trie import Plan
 
 __all__ = ["PRECISIONS", "STRATEGIES", "Evaluator", "Scores", "precision_scope"]
@@ -122,6 +122,7 @@ class Evaluator:
 
         Raises:
             ArchError: a row is not in the space.
+            DataError: a batch whose moments are needed leaves a batch norm one value a channel.
             ValueError: `ema` before any shift step, or no batches.
         """
         return self.evaluate(archs).errors
@@ -209,7 +210,8 @@ class Evaluator:
                 images = 0
                 for x, y in self.batches:
                     x, y = self._place(x, y)
-                    logits = net(x)
+                    with needing_moments(x):
+                        logits = net(x)
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                     wrong[index] += int((logits.argmax(dim=1) != y).sum())
                     losses[index] += float(functional.cross_entropy(logits, y, reduction="sum"))

@@ -253,12 +253,12 @@ class Search:
         archs = self.archs
         errors = np.concatenate([np.array(errors, float) for errors, _, _ in self.told])
         losses = np.concatenate([np.array(losses, float) for _, losses, _ in self.told])
-        versions = self.told[0][2], self.told[-1][2]
-        generation = self.evolution.generation
-        self.evolution.tell(archs, errors, losses, weights_version=versions[1])
+        versions = np.concatenate([np.full(len(errors), v) for errors, _, v in self.told])
+        generation, ends = self.evolution.generation, (self.told[0][2], self.told[-1][2])
+        self.evolution.tell(archs, errors, losses, weights_version=versions)
         ask = self.evolution.last_ask | {"acceptance_rate": self.evolution.acceptance_rate}
         record = self.record.end_generation(
-            archs, errors, losses, generation=generation, versions=versions, ask=ask
+            archs, errors, losses, generation=generation, versions=ends, ask=ask
         )
         self.scalars.write(
             generation,

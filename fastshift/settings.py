@@ -142,8 +142,8 @@ class ConstraintOptions:
     """What an architecture may cost: `330M`, `60%` of the largest, or a range `290M:330M`.
 
     Attributes:
-        flops: multiply-adds of an image.
-        params: parameters.
+        flops: multiply-adds of an image: `330M` at most, `60%` of the largest, or `290M:330M`.
+        params: parameters, likewise.
     """
 
     flops: Any = None

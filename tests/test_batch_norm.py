@@ -14,6 +14,7 @@ from fastshift.batch_norm import (
     evaluation_mode,
     start_ema,
 )
+from fastshift.errors import DataError
 from fastshift.evaluator import Evaluator
 from fastshift.steps import Statistics, calibrate_step, train_step
 from fastshift.supernet import recalibrate
@@ -182,6 +183,24 @@ def test_collecting_and_imposing_statistics_leave_the_modules_untouched():
     exact = [(mean, var * (count - 1) / count) for mean, var in moments]
     assert torch.allclose(norms.impose(net.stem, images, exact), y, atol=1e-5)
     assert not torch.equal(found, y)  # imposed statistics are the unbiased ones
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_image_that_ends_as_one_pixel_is_refused_in_our_words(backend, size, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_BACKEND", backend)
+    net = tiny_supernet()
+    norms = BatchNorms(net)
+    owners = [(op, 8) for op in net.blocks[1]]  # of stride 2: either size leaves one pixel
+    owners += [(net.head, 16)] if size == 1 else []
+    for owner, channels in owners:
+        words = r"^batch of 1 image: .* expected batches of at least 2"
+        with pytest.raises(DataError, match=words):
+            norms.collect(owner, torch.rand(1, channels, size, size))
+        for images, side in ((1, 3), (2, size)):
+            y, moments = norms.collect(owner, torch.rand(images, channels, side, side))
+            assert y.isfinite().all()
+            assert all(var.isfinite().all() for _, var in moments)
 
 
 def test_batch_norms_are_found_by_their_names_in_the_state_dict():

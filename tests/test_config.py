@@ -157,3 +157,10 @@ def test_what_is_missing_is_named_with_what_was_expected():
 def test_constraints_are_those_that_were_given():
     config = resolve("search", {"flops": "60%"}, {})
     assert config.part(ConstraintOptions).given() == {"flops": "60%"}
+
+
+def test_the_constraints_of_a_search_are_not_those_of_its_pre_training():
+    config = resolve("search", {"flops": "60%"}, {})
+    assert config.part(PretrainOptions).constraints == {}
+    [title] = [section.title for section in VERBS["search"] if section.kind is PretrainOptions]
+    assert "whole space" in title

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastshift import batch_norm, spaces
 from fastshift.batch_norm import BatchNorms, evaluation_mode, start_ema
-from fastshift.errors import ArchError, SpaceError
+from fastshift.errors import ArchError, DataError, SpaceError
 from fastshift.evaluator import Evaluator
 from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import Supernet
@@ -139,7 +139,7 @@ def test_fp32_losses_are_as_accurate_as_one_at_a_time(data):
     assert_as_accurate([shared.losses], [plain.losses], [exact.losses])
 
 
-def _assert_equal_on(net, data, archs, policy="recalibrate"):
+def _assert_equal_on(net, data, archs, policy):
     plain = _plain_logits(net, data, archs, policy)
     exact = _plain_logits(copy.deepcopy(net).double(), data, archs, policy)
     for size in (1, len(archs)):
@@ -151,23 +151,28 @@ def _assert_equal_on(net, data, archs, policy="recalibrate"):
     assert global_error([logits], [exact]) < FLOAT64_TOLERANCE
 
 
-def test_shared_equals_sequential_on_the_digits_space():
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_equals_sequential_on_the_digits_space(policy):
     net = _with_ema(randomise(Supernet(spaces.digits())))
     data = synthetic_data(num_classes=10, in_channels=1, validation=(6,), calibration=(5, 4))
-    _assert_equal_on(net, data, net.space.as_archs(["012301", "012311", "333333"]))
+    _assert_equal_on(net, data, net.space.as_archs(["012301", "012311", "333333"]), policy)
 
 
-def test_shared_equals_sequential_on_the_nasbench_macro_space():
-    net = randomise(Supernet(spaces.nasbench_macro(width=0.25)))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_equals_sequential_on_the_nasbench_macro_space(policy):
+    net = _with_ema(randomise(Supernet(spaces.nasbench_macro(width=0.25))))
     data = synthetic_data(num_classes=10, image_size=32, validation=(4,), calibration=(4,))
-    _assert_equal_on(net, data, net.space.as_archs(["20101202", "20101201", "00000000"]))
+    archs = net.space.as_archs(["20101202", "20101201", "00000000"])
+    _assert_equal_on(net, data, archs, policy)
 
 
-def test_shared_equals_sequential_on_the_shufflenet_space():
-    net = randomise(Supernet(spaces.shufflenet_v2(image_size=32, num_classes=10, width=0.25)))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_equals_sequential_on_the_shufflenet_space(policy):
+    space = spaces.shufflenet_v2(image_size=32, num_classes=10, width=0.25)
+    net = _with_ema(randomise(Supernet(space)))
     data = synthetic_data(num_classes=10, image_size=32, validation=(2,), calibration=(2,))
     last = "0123" * 4
-    _assert_equal_on(net, data, net.space.as_archs([last + "0123", last + "0120"]))
+    _assert_equal_on(net, data, net.space.as_archs([last + "0123", last + "0120"]), policy)
 
 
 def test_a_trie_of_the_whole_space_equals_one_architecture_at_a_time(data):
@@ -449,6 +454,19 @@ def test_recalibrate_without_batches_is_a_value_error(data):
         score = Evaluator(net, [], calibration=data.calibration, strategy=strategy)
         with pytest.raises(ValueError, match="batches"):
             score(["0000"])
+
+
+@pytest.mark.parametrize("strategy", ["shared", "sequential"])
+@pytest.mark.parametrize("policy", ["recalibrate", "batch"])
+def test_one_image_that_ends_as_one_pixel_has_no_moments(policy, strategy):
+    net = Supernet(spaces.nasbench_macro(image_size=8, width=0.25))  # 1x1 maps in the last stage
+    options = {"num_classes": 10, "validation": (5, 1), "calibration": (4, 1)}
+    data = synthetic_data(**options)
+    score = _evaluator(net, data, strategy, batch_norm=policy)
+    with pytest.raises(DataError, match=r"^batch of 1 image: .* expected batches of at least 2"):
+        score(["1" * 8])
+    running = _evaluator(net, data, strategy, batch_norm="running")
+    assert np.isfinite(running(["1" * 8])).all()
 
 
 def test_ema_before_any_shift_step_is_a_value_error(data):

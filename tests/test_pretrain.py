@@ -12,18 +12,20 @@ from torch import nn
 from torch.nn import functional
 
 from fastshift import pretrain as pretrain_function
+from fastshift import spaces
 from fastshift.batch_norm import start_ema
 from fastshift.errors import (
     CheckpointError,
     ConfigError,
     ConstraintError,
+    DataError,
     NonFiniteLossError,
     SpaceError,
 )
 from fastshift.evaluator import Evaluator
 from fastshift.pretrain import PathTrainer, PretrainOptions, pretrain, sample_paths
 from fastshift.sampler import FeasibleSampler
-from fastshift.supernet import ChainSupernet
+from fastshift.supernet import ChainSupernet, Supernet
 from fastshift.testing import (
     chain_supernet,
     changed_tensors,
@@ -444,6 +446,16 @@ def test_a_gradient_that_is_not_finite_is_skipped_like_a_loss():
     hook.remove()
     trainer.update(plan, images, labels, position=1)
     assert (trainer.updates, trainer.skipped) == (1, 1)
+
+
+def test_a_batch_of_one_image_that_ends_as_one_pixel_is_refused():
+    net = Supernet(spaces.nasbench_macro(image_size=8, width=0.25))  # 1x1 maps in the last stage
+    data = synthetic_data(num_classes=10)
+    before = {name: tensor.clone() for name, tensor in net.tensors().items()}
+    with pytest.raises(DataError, match=r"^batch of 1 image: .* expected batches of at least 2"):
+        _run(net=net, data=data, batch_size=1, steps=1)
+    assert changed_tensors(before, net.tensors()) == set()
+    assert math.isfinite(_run(net=net, data=data, batch_size=2, steps=1)[1].loss)
 
 
 def test_any_random_op_that_candidates_would_share_is_refused():

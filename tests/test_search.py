@@ -456,6 +456,21 @@ def test_every_score_carries_the_version_of_its_weights(shift, tmp_path):
     assert {s.weights_version for s in result.pareto} == {net.version}
 
 
+@pytest.mark.parametrize("shift", ["accumulate", "immediate", "every:2", "every:3"])
+def test_the_population_keeps_each_scores_own_version(shift, tmp_path):
+    options = SearchOptions(shift=shift, **SMALL | {"generations": 0, "top_k": 4})
+    found = Search(micro_supernet(), _data(), options, seed=3, out=tmp_path)
+    assert found.run(stop_at(2)).stopped == "interrupted"  # inside the generation
+    assert found.run().stopped is None
+    rows = {row["arch"]: row for row in _lines(tmp_path) if "final" not in row}
+    kept = found.evolution.top_k(4)
+    versions = {scored.weights_version for scored in kept}
+    assert len(versions) == {"accumulate": 1, "immediate": 4}.get(shift, 2)
+    for scored in kept:
+        row = rows["".join(map(str, scored.arch))]
+        assert (scored.weights_version, scored.loss) == (row["weights_version"], row["loss"])
+
+
 @pytest.mark.parametrize("shift", ["immediate", "every:2"])
 def test_the_result_of_an_interrupted_run_carries_the_versions_too(shift, tmp_path):
     _, _, result = _run(shift, tmp_path, stop=stop_at(9 if shift == "immediate" else 5))
