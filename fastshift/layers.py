@@ -131,7 +131,9 @@ def apply_level(
 ) -> list[Tensor]:
     """Compute the nodes of one level of the trie, each from its parent's row.
 
-    An identity choice is its parent's row itself, not a copy.
+    This is the definition of the population-layer operator: a node is its candidate op applied to
+    its parent's row. `call` chooses what runs it, PyTorch's ops or compiled kernels. An identity
+    choice is its parent's row itself, not a copy.
 
     Args:
         ops: the block's candidate ops.
