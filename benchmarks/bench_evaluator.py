@@ -99,9 +99,7 @@ def test_generation(benchmark, peak, monkeypatch, case, generation):
         ratio=round(best / own, 2),
         ratio_over_sharing=round(best / own / result.sharing, 2),
         archs_per_second=round(len(archs) / own, 1),
-        share_of_ceiling_times_sharing=round(
-            flops / own / 1e9 / peak["gflops"] / result.sharing, 3
-        ),
+        share_of_ceiling_times_sharing=round(gflops / peak["gflops"] / result.sharing, 3),
         threads=torch.get_num_threads(),
     )
     print(f"\n{benchmark.name}: {benchmark.extra_info}")
