@@ -1,7 +1,7 @@
 # Everything is made inside this folder: `.venv`, `build`, `runs`. `make PYTHON=/path/to/python search` picks a Python.
 
 .DELETE_ON_ERROR:
-.PHONY: search test test-slow bench lint format gpu-static clean distclean
+.PHONY: search test test-slow sanitize bench lint format gpu-static clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +39,20 @@ test: $(VENV)/.made-test
 
 test-slow: $(VENV)/.made-test
 	$(BIN)/pytest -m slow $(ARGS)
+
+# The compiled parts with AddressSanitizer and UBSan, beside the installed ones; needs gcc's runtimes.
+SANITIZE := build/sanitize
+SANITIZE_CXX = $${CXX:-g++}
+SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := tests/test_cpu.py tests/test_population.py tests/test_sampler.py tests/test_trie_plan.py
+
+sanitize: $(VENV)/.made-test
+	FASTSHIFT_CXXFLAGS="$(SANITIZE_FLAGS)" \
+	    $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
+	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZED) $(ARGS)
 
 bench: $(VENV)/.made-test
 	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastshift import checkpoint, spaces
+from fastshift import checkpoint, cpu, spaces
 from fastshift import data as data_module
 from fastshift.config import Config
 from fastshift.errors import ConfigError, FastShiftError, SpaceError
@@ -41,7 +41,7 @@ _SHAPE = ("in_channels", "image_size", "num_classes")
 # Implementations of the population layer, and why one would not run here; None for one that does.
 BACKENDS = {
     "reference": None,
-    "cpu": "its C++ kernels are not part of this version",
+    "cpu": None,
     "triton": "its CUDA kernels are not part of this version",
 }
 
@@ -58,13 +58,18 @@ def of_the_user() -> Iterator[None]:
 
 
 def check_backend() -> None:
-    """Refuse a `FASTSHIFT_BACKEND` that cannot run; `ConfigError` says why."""
+    """Refuse a `FASTSHIFT_BACKEND` or a `FASTSHIFT_CPU_ISA` that cannot run.
+
+    Raises:
+        ConfigError: with the reason.
+    """
     name = os.environ.get("FASTSHIFT_BACKEND", "")
     if name and name not in BACKENDS:
         known = ", ".join(BACKENDS)
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
     if name and BACKENDS[name] is not None:
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
+    cpu.instruction_set()
 
 
 def check_ema(policy: str, supernet: ChainSupernet, *, moves: bool = False) -> None:

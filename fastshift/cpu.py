@@ -13,21 +13,42 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastshift._native import cpu as _cpu
+from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 
-__all__ = ["CpuBlock", "block_of", "instruction_set"]
+__all__ = ["CpuBlock", "CpuHead", "block_of", "instruction_set", "instruction_sets"]
 
 Moments = tuple[Tensor, Tensor]
 
 
 @cache
+def instruction_sets() -> dict[str, str | None]:
+    """Every instruction set, best first, and why it cannot run here; None for one that can."""
+    return {name: reason or None for name, reason in _cpu.instruction_sets().items()}
+
+
 def instruction_set() -> str:
-    """The instruction set that runs: `FASTSHIFT_CPU_ISA`, or the best this machine has."""
-    names = _cpu.instruction_sets()
-    wanted = os.environ.get("FASTSHIFT_CPU_ISA")
-    return wanted or names[0]
+    """The instruction set that runs: `FASTSHIFT_CPU_ISA`, or the best this machine has.
+
+    Raises:
+        ConfigError: the one asked for is unknown or cannot run here.
+    """
+    return _instruction_set(os.environ.get("FASTSHIFT_CPU_ISA", ""))
+
+
+@cache
+def _instruction_set(wanted: str) -> str:
+    known = instruction_sets()
+    able = [name for name, reason in known.items() if reason is None]
+    if not wanted or wanted in able:
+        return wanted or able[0]
+    why = f" cannot run: {known[wanted]}" if wanted in known else ""
+    raise ConfigError(
+        f"FASTSHIFT_CPU_ISA: {wanted!r}{why}; expected one of {', '.join(able)}, which run here"
+    )
 
 
 _BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead | None] = WeakKeyDictionary()
@@ -39,7 +60,7 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         type(op) not in (OpModule, HeadModule, UnitChain)
         or x.device.type != "cpu"
         or x.dtype is not torch.float32
-        or os.environ.get("FASTSHIFT_BACKEND", "cpu") != "cpu"
+        or (os.environ.get("FASTSHIFT_BACKEND") or "cpu") != "cpu"
         or torch.is_autocast_enabled("cpu")
     ):
         return None
@@ -128,6 +149,11 @@ class CpuBlock:
             found.append((h, w))
         return found
 
+    def _check(self, x: Tensor) -> None:
+        """Refuse rows that the kernels would read past the end of."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x: {tuple(x.shape)}; expected [N, {self.in_channels}, H, W]")
+
     def train(self, x: Tensor) -> tuple[Tensor, list[Moments]]:
         """Apply the op with each batch norm normalising by this batch's own moments.
 
@@ -137,6 +163,7 @@ class CpuBlock:
         Returns:
             `[N, C', H', W']`, and mean and unbiased variance, `[C]` each, of every batch norm.
         """
+        self._check(x)
         y, *statistics = _Train.apply(self, x, *self.parameters())
         return y, [(s[0], s[1]) for s in statistics]
 
@@ -151,6 +178,7 @@ class CpuBlock:
         Returns:
             `[N, C', H', W']`, or `[N, C']` where pooled.
         """
+        self._check(x)
         x = _rows(x)
         n, _, height, width = x.shape
         if pooled:
@@ -228,6 +256,7 @@ class _Train(torch.autograd.Function):
         return y, *statistics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor, *_):
         block = ctx.block
         x, *rest = ctx.saved_tensors

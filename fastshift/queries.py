@@ -8,14 +8,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastshift import report, spaces
+from fastshift import cpu, report, spaces
 from fastshift.build import (
     BACKENDS,
     check_backend,
@@ -293,14 +293,40 @@ def _info(config: Config) -> int:
     else:
         print(f"{'gpu':12} none usable by this torch")
     print("\npopulation core (sampling, trie): C++, compiled")
-    print("population layer (scoring, calibration, training):")
-    for name, reason in BACKENDS.items():
-        print(f"  {name:10} {'runs' if reason is None else 'does not run: ' + reason}")
-    forced = os.environ.get("FASTSHIFT_BACKEND")
-    if forced:
-        print(f"FASTSHIFT_BACKEND={forced}")
-        check_backend()
+    _print_kernels()
+    check_backend()
     return DONE
+
+
+def _print_kernels() -> None:
+    """Print which implementation of each kernel runs, and why each other does not."""
+    try:
+        check_backend()
+        backend = os.environ.get("FASTSHIFT_BACKEND") or "cpu"
+        level = cpu.instruction_set() if backend == "cpu" else None
+        runs = f"{backend}, {level}" if level else backend
+    except ConfigError:  # said last
+        backend, level, runs = None, None, "nothing"
+    print("population layer (scoring, calibration, training):")
+    for kernel in ("block forward", "block backward", "block infer"):
+        print(f"  {kernel:14} {runs}")
+    print(f"  {'others':14} reference: what is not a 1x1 or depthwise unit in float32 on the CPU")
+    print("implementations:")
+    _print_choices(BACKENDS, backend, "FASTSHIFT_BACKEND")
+    print("instruction sets of cpu:")
+    _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
+
+
+def _print_choices(reasons: Mapping[str, str | None], runs: str | None, variable: str) -> None:
+    for name, reason in reasons.items():
+        if name == runs:
+            print(f"  {name:10} runs")
+        elif reason is None:
+            print(f"  {name:10} does not run: {variable}={name} would choose it")
+        else:
+            print(f"  {name:10} does not run: {reason}")
+    if os.environ.get(variable):
+        print(f"  {variable}={os.environ[variable]}")
 
 
 QUERIES: dict[str, Callable[[Config], int]] = {

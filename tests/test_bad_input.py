@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastshift import checkpoint
+from fastshift import checkpoint, cpu
 from fastshift.cli import main
 
 TINY = """
@@ -171,6 +171,19 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(
     refused(*search(space, tmp_path / "run"), says=["FASTSHIFT_BACKEND", "triton", "not part of"])
     monkeypatch.setenv("FASTSHIFT_BACKEND", "metal")
     refused(*search(space, tmp_path / "run"), says=["'metal'", "expected one of reference"])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("amx", "'amx' cannot run: not part of this version"), ("sse9", "'sse9'")]
+)
+def test_an_instruction_set_that_cannot_run_is_refused_with_those_that_can(
+    refused, space, tmp_path, monkeypatch, name, says
+):
+    monkeypatch.setenv("FASTSHIFT_CPU_ISA", name)
+    able = [name for name, reason in cpu.instruction_sets().items() if reason is None]
+    expected = f"expected one of {', '.join(able)}"
+    refused(*search(space, tmp_path / "run"), says=["FASTSHIFT_CPU_ISA", says, expected])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import fastshift as fs
-from fastshift import build, checkpoint
+from fastshift import build, checkpoint, cpu
 from fastshift.cli import _stop_flag, main
 from fastshift.config import VERBS, resolve
 from fastshift.export import load_into, read_metadata
@@ -409,14 +409,48 @@ def test_spaces_are_listed_with_size_and_costs(capsys):
     assert "  block 6\n    0: identity, 0 FLOPs, 0 parameters" in shown
 
 
-def test_info_says_which_implementation_runs_and_why_others_do_not(capsys):
-    assert main(["info"]) == 0
-    shown = capsys.readouterr().out
+def _info(capsys, monkeypatch, code=0, **environment):
+    for name in ("FASTSHIFT_BACKEND", "FASTSHIFT_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["info"]) == code
+    return capsys.readouterr()
+
+
+def test_info_says_which_implementation_runs_and_why_others_do_not(capsys, monkeypatch):
+    shown = _info(capsys, monkeypatch).out
     assert f"torch        {torch.__version__}" in shown
     assert torch.backends.cpu.get_cpu_capability() in shown
+    best = cpu.instruction_set()
+    for kernel in ("block forward ", "block backward", "block infer   "):
+        assert f"  {kernel} cpu, {best}\n" in shown
+    assert "  cpu        runs\n" in shown
+    assert "  reference  does not run: FASTSHIFT_BACKEND=reference would choose it\n" in shown
+    assert "  triton     does not run: its CUDA kernels are not part of this version\n" in shown
+    assert f"  {best:10} runs\n" in shown
+    assert "  amx        does not run: not part of this version\n" in shown
+    for name, reason in cpu.instruction_sets().items():
+        expected = reason or f"FASTSHIFT_CPU_ISA={name} would choose it"
+        assert name == best or f"  {name:10} does not run: {expected}\n" in shown
+
+
+def test_info_follows_the_environment(capsys, monkeypatch):
+    shown = _info(capsys, monkeypatch, FASTSHIFT_CPU_ISA="generic").out
+    assert "  block infer    cpu, generic\n" in shown
+    assert "  generic    runs\n  FASTSHIFT_CPU_ISA=generic\n" in shown
+    shown = _info(capsys, monkeypatch, FASTSHIFT_BACKEND="reference").out
+    assert "  block infer    reference\n" in shown
     assert "  reference  runs\n" in shown
-    assert "  cpu        does not run: " in shown
-    assert "  triton     does not run: " in shown
+    assert "  cpu        does not run: FASTSHIFT_BACKEND=cpu would choose it\n" in shown
+
+
+def test_info_ends_with_what_cannot_run(capsys, monkeypatch):
+    for name, value in (("FASTSHIFT_CPU_ISA", "amx"), ("FASTSHIFT_BACKEND", "triton")):
+        shown = _info(capsys, monkeypatch, code=2, **{name: value})
+        assert "  block infer    nothing\n" in shown.out
+        assert f"{name}: '{value}' cannot run" in shown.err
+        assert shown.err.count("\n") == 1
 
 
 def test_help_names_every_verb_and_every_option(capsys):

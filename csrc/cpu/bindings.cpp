@@ -26,8 +26,9 @@ T* at(Address address) {
 }
 
 const Kernels& kernels_of(const std::string& name) {
-  for (const Kernels* kernels : available_kernels()) {
-    if (kernels->name == name) return *kernels;
+  static const std::vector<Level> found = levels();
+  for (const Level& level : found) {
+    if (level.kernels && level.name == name) return *level.kernels;
   }
   throw std::invalid_argument("instruction set: '" + name + "' cannot run here");
 }
@@ -78,11 +79,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "instruction_sets",
       [] {
-        std::vector<std::string> names;
-        for (const Kernels* kernels : available_kernels()) names.emplace_back(kernels->name);
-        return names;
+        py::dict found;
+        for (const Level& level : levels()) found[py::str(level.name)] = level.reason;
+        return found;
       },
-      "Names of the instruction sets that run here, best first.");
+      "Every instruction set, best first, and why it cannot run here; empty where it can.");
   py::class_<Block>(m, "Block")
       .def(py::init(&make_block), py::arg("units"), py::arg("main_units"), py::arg("frame"),
            py::arg("in_channels"), py::arg("out_channels"))

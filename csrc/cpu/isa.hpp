@@ -8,7 +8,13 @@
 
 namespace fastshift::cpu {
 
-// Best first; every one of them can run here.
-std::vector<const Kernels*> available_kernels();
+struct Level {
+  std::string name;
+  std::string reason;      // why it cannot run here; empty where it can
+  const Kernels* kernels;  // null where it cannot
+};
+
+// Every level, best first.
+std::vector<Level> levels();
 
 }  // namespace fastshift::cpu

@@ -1,0 +1,123 @@
+"""A search with the compiled CPU kernels finds what one with PyTorch's ops finds."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from fastshift import cpu, spaces
+from fastshift.evaluator import Evaluator
+from fastshift.search import search
+from fastshift.supernet import Supernet
+from fastshift.testing import (
+    assert_as_accurate,
+    global_error,
+    random_archs,
+    randomise,
+    synthetic_data,
+)
+
+SPACES = {
+    "digits": spaces.digits(num_classes=4),
+    "nasbench_macro": spaces.nasbench_macro(image_size=16, num_classes=4, width=0.25),
+    "shufflenet_v2": spaces.shufflenet_v2(image_size=16, num_classes=4, width=0.25),
+}
+BACKENDS = ("reference", "cpu")
+FLOOR = 1e-5  # of a relative error in float32
+
+
+@pytest.fixture(params=SPACES)
+def space(request):
+    return SPACES[request.param]
+
+
+def _supernet(space):
+    net = randomise(Supernet(space))
+    net.head.dropout.p = 0.0
+    return net
+
+
+def _data(space):
+    return synthetic_data(
+        in_channels=space.in_channels,
+        image_size=space.image_size,
+        validation=(24,),
+        calibration=(10, 7),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which blocks the compiled kernels were asked for and took."""
+    taken = []
+
+    def count(name):
+        plain = getattr(cpu.CpuBlock, name)
+
+        def counted(*arguments, **options):
+            taken.append(name)
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(cpu.CpuBlock, name, counted)
+
+    count("train")
+    count("infer")
+    return taken
+
+
+@pytest.mark.parametrize("policy", ["recalibrate", "batch", "running"])
+def test_scores_are_as_accurate_and_ranked_alike(space, policy, monkeypatch, calls):
+    net, data = _supernet(space), _data(space)
+    archs = np.unique(random_archs(space, 6, seed=3), axis=0)
+    found = {}
+    for backend in (*BACKENDS, "exact"):
+        monkeypatch.setenv("FASTSHIFT_BACKEND", "cpu" if backend == "cpu" else "reference")
+        calls.clear()
+        scored = copy.deepcopy(net).double() if backend == "exact" else net
+        evaluator = Evaluator(
+            scored, data.validation, calibration=data.calibration, batch_norm=policy
+        )
+        found[backend] = evaluator.evaluate(archs)
+        assert bool(calls) == (backend == "cpu" and policy != "running")
+    reference, ours, exact = (found[name].losses for name in (*BACKENDS, "exact"))
+    assert_as_accurate([ours], [reference], [exact], floor=FLOOR)
+    assert ours.argsort().tolist() == reference.argsort().tolist()
+    assert np.array_equal(found["cpu"].errors, found["reference"].errors)
+
+
+@pytest.mark.parametrize("shift", ["accumulate", "none"])
+def test_a_search_finds_the_same_architectures_with_the_same_scores(
+    space, shift, monkeypatch, calls
+):
+    results, nets = [], []
+    for backend in BACKENDS:
+        monkeypatch.setenv("FASTSHIFT_BACKEND", backend)
+        calls.clear()
+        net = _supernet(space)
+        results.append(
+            search(
+                net,
+                _data(space),
+                seed=1,
+                shift=shift,
+                score_by="loss",
+                generations=1,
+                population=4,
+                parents=2,
+                shift_steps=2,
+                shift_batch_size=8,
+                shift_lr=0.001,
+                top_k=3,
+            )
+        )
+        nets.append(net.state_dict())
+        assert ("train" in calls) == ("infer" in calls) == (backend == "cpu")
+    plain, ours = results
+    assert [row.arch for row in ours.top] == [row.arch for row in plain.top]
+    assert [row.error for row in ours.top] == [row.error for row in plain.top]
+    losses = [[row.loss for row in result.top] for result in results]
+    assert global_error([losses[1]], [losses[0]]) < 10 * FLOOR
+    shifted = [value.double() for value in nets[0].values()]
+    assert global_error(nets[1].values(), shifted) < 10 * FLOOR
