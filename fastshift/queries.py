@@ -310,7 +310,7 @@ def _print_kernels() -> None:
     print("population layer (scoring, calibration, training):")
     for kernel in ("block forward", "block backward", "block infer"):
         print(f"  {kernel:14} {runs}")
-    print(f"  {'others':14} reference: what is not a 1x1 or depthwise unit in float32 on the CPU")
+    print(f"  {'others':14} reference: other modules, bf16, and units without batch norm")
     print("implementations:")
     _print_choices(BACKENDS, backend, "FASTSHIFT_BACKEND")
     print("instruction sets of cpu:")

@@ -351,6 +351,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
 void Block::infer(const Kernels& kernels, const Images& images, const float* x,
                   const std::vector<Weights>& weights, const std::vector<Moments>& moments,
                   float* y, bool pooled, int threads) const {
+  if (images.count == 0) return;
   // Hidden rows of a few images at a time, so that they stay in cache from unit to unit.
   std::vector<Geometry> geometry(num_units());
   std::vector<int64_t> packed_at(num_units() + 1, 0);
