@@ -172,7 +172,10 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
           float* to = task.y.data + row * task.y.row + c;
           if (task.sums) {
             if (!started) {
-              shift[v] = line[0];
+              // A line's mean: its first value, at a corner, may lie far off.
+              Vec start = {};
+              for (int64_t x = 0; x < g.out_width; ++x) start += line[x];
+              shift[v] = start * splat(1.0f / static_cast<float>(g.out_width));
               for (int lane = 0; lane < count; ++lane) task.sums[c + lane] = shift[v][lane];
             }
             Vec own = {}, own_square = {};

@@ -162,17 +162,28 @@ void product_forward(const Forward& task, float* scratch) {
         float* here = y + c - column;
         if (task.sums) {
           if (first == begin) {
-            for (int lane = 0; lane < count; ++lane) task.sums[c + lane] = here[lane];
+            // A mean of some rows: a single one may lie far off.
+            const int64_t some = rows < kRunRows ? rows : kRunRows;
+            Vec start = {};
+            for (int64_t row = 0; row < some; ++row) start += load_some(here + row * y_row, count);
+            start = start * splat(1.0f / static_cast<float>(some));
+            for (int lane = 0; lane < count; ++lane) task.sums[c + lane] = start[lane];
           }
           Vec shift = {};
           for (int lane = 0; lane < count; ++lane) {
             shift[lane] = static_cast<float>(task.sums[c + lane]);
           }
           Vec sum = {}, square = {};
-          for (int64_t row = 0; row < rows; ++row) {
-            const Vec d = load_some(here + row * y_row, count) - shift;
-            sum += d;
-            square += d * d;
+          for (int64_t run = 0; run < rows; run += kRunRows) {
+            const int64_t run_stop = run + kRunRows < rows ? run + kRunRows : rows;
+            Vec own = {}, own_square = {};
+            for (int64_t row = run; row < run_stop; ++row) {
+              const Vec d = load_some(here + row * y_row, count) - shift;
+              own += d;
+              own_square += d * d;
+            }
+            sum += own;
+            square += own_square;
           }
           add_lanes(task.sums + out + c, sum, count);
           add_lanes(task.sums + 2 * out + c, square, count);

@@ -22,6 +22,10 @@ inline void scatter(float* row, int64_t step, int64_t channel, Vec value, int co
   }
 }
 
+// Rows that one run of float additions spans; runs are added up in turn, so that the sum of a chunk
+// is about as exact as one in double.
+constexpr int64_t kRunRows = 16;
+
 inline void add_lanes(double* to, Vec value, int count) {
   for (int lane = 0; lane < count; ++lane) to[lane] += value[lane];
 }
@@ -83,12 +87,18 @@ void reduce(const Reduce& task) {
       const Vec scale = load_some(task.activation.scale + c, count);
       const Vec shift = load_some(task.activation.shift + c, count);
       Vec sum = {}, product = {};
-      for (int64_t row = first; row < stop; ++row) {
-        const Vec h = load_some(task.raw.data + row * task.raw.row + c, count);
-        Vec g = load_some(task.gradient.data + row * task.gradient.row + c, count);
-        if (task.activation.relu) g = keep_positive(g, scale * h + shift);
-        sum += g;
-        product += g * (h - mean);
+      for (int64_t run = first; run < stop; run += kRunRows) {
+        const int64_t run_stop = run + kRunRows < stop ? run + kRunRows : stop;
+        Vec own = {}, own_product = {};
+        for (int64_t row = run; row < run_stop; ++row) {
+          const Vec h = load_some(task.raw.data + row * task.raw.row + c, count);
+          Vec g = load_some(task.gradient.data + row * task.gradient.row + c, count);
+          if (task.activation.relu) g = keep_positive(g, scale * h + shift);
+          own += g;
+          own_product += g * (h - mean);
+        }
+        sum += own;
+        product += own_product;
       }
       add_lanes(task.sums + c, sum, count);
       add_lanes(task.sums + task.channels + c, product, count);
