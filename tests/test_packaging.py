@@ -153,8 +153,9 @@ def test_wheel_and_sdist_hold_what_a_build_and_an_import_need(tmp_path):
     [archive] = tmp_path.glob("fastshift-*.tar.gz")
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
-    headers = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/population/*.hpp")}
-    assert headers | {"csrc/population/bindings.cpp", "kernels/__init__.py", "LICENSE"} <= names
+    headers = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*.hpp")}
+    sources = {"csrc/population/bindings.cpp", "csrc/cpu/block.cpp", "kernels/__init__.py"}
+    assert headers | sources | {"LICENSE"} <= names
     wheel = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     done = python(*wheel, str(archive), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -162,5 +163,6 @@ def test_wheel_and_sdist_hold_what_a_build_and_an_import_need(tmp_path):
     with zipfile.ZipFile(file) as packed:
         names = set(packed.namelist())
     assert {"fastshift/kernels/__init__.py", "fastshift/py.typed", "fastshift/_core.pyi"} <= names
-    assert any(re.fullmatch(r"fastshift/_core\..*\.(so|pyd)", name) for name in names)
+    for part in ("_core", "_cpu"):
+        assert any(re.fullmatch(rf"fastshift/{part}\..*\.(so|pyd)", name) for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "kernels")) for name in names)
