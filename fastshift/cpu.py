@@ -185,11 +185,12 @@ class CpuBlock:
             y = torch.empty(n, self.out_channels)
         else:
             y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1])
+        parameters = [_plain(p) for p in self.parameters()]
         self.core.infer(
             instruction_set(),
             (n, height, width),
             x.data_ptr(),
-            _pointers(self.parameters()),
+            _pointers(parameters),
             self.eps,
             [s.data_ptr() for pair in moments for s in pair],
             y.data_ptr(),
@@ -222,6 +223,11 @@ class CpuHead:
         return self._logits(y if pooled else y.mean(dim=(2, 3)))
 
 
+def _plain(parameter: Tensor | None) -> Tensor | None:
+    """A parameter in its plain order: a dense kernel in channels-last memory is copied."""
+    return None if parameter is None else parameter.contiguous()
+
+
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -230,6 +236,7 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block: CpuBlock, x: Tensor, *parameters: Tensor | None):
         x = _rows(x)
+        parameters = tuple(_plain(p) for p in parameters)
         n, _, height, width = x.shape
         sizes = block.sizes(height, width)
         raws = [
