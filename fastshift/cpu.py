@@ -71,15 +71,24 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         _BLOCKS[op] = found
     found = _BLOCKS[op]
     # A hook expects the module it hangs on to be called.
-    if any(module._forward_hooks or module._forward_pre_hooks for module in op.modules()):
+    if found is None or not found.is_current() or any(map(_has_hooks, op.modules())):
         return None
     return found
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _is_built_in(op: nn.Module) -> bool:
     units = [unit for unit in op.modules() if isinstance(unit, ConvUnit)]
     return bool(units) and all(
-        unit.norm is not None
+        type(unit.norm) is nn.BatchNorm2d
         and unit.norm.track_running_stats
         and unit.weight.dtype is torch.float32
         and (unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2)))
@@ -114,7 +123,6 @@ class CpuBlock:
         if frame == "shuffle":
             aside = units[0].in_channels if splits else units[-1].out_channels
             self.out_channels += aside
-        self.eps = [unit.norm.eps for unit in units]
         self.core = _cpu.Block(
             [
                 (
@@ -132,6 +140,18 @@ class CpuBlock:
             self.in_channels,
             self.out_channels,
         )
+
+    def is_current(self) -> bool:
+        """Whether its units are still as they were when this was made."""
+        return all(
+            unit.weight.dtype is torch.float32 and type(unit.norm) is nn.BatchNorm2d
+            for unit in self.units
+        )
+
+    @property
+    def eps(self) -> list[float]:
+        """Of each unit's batch norm."""
+        return [unit.norm.eps for unit in self.units]
 
     def parameters(self) -> list[Tensor | None]:
         """Weight, scale and shift of each unit."""
@@ -206,6 +226,10 @@ class CpuHead:
     def __init__(self, head: HeadModule) -> None:
         self._head = ref(head)  # its classifier may be replaced
         self.block = CpuBlock(head.features)
+
+    def is_current(self) -> bool:
+        """Whether its units are still as they were when this was made."""
+        return self.block.is_current()
 
     def _logits(self, features: Tensor) -> Tensor:
         head = self._head()

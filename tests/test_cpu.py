@@ -743,3 +743,36 @@ def test_collecting_and_imposing_agree_with_pytorchs_ops(make, monkeypatch):
             results.append([y, norms.impose(module, x, moments), *sum(moments, ())])
     for found, plain in zip(*results, strict=True):
         assert functional.mse_loss(found, plain).sqrt() < 1e-5 * plain.square().mean().sqrt()
+
+
+# Modules that changed after they were first seen
+
+
+def test_a_kernel_in_channels_last_memory_is_the_same_kernel():
+    module = _randomised(OpModule(conv(5, 6, 3, 1)))
+    x = _rows((3, 5, 4, 4))
+    plain = _infer(module.eval(), x), cpu.block_of(module, x).train(x)[0]
+    module.to(memory_format=torch.channels_last)
+    assert not module._modules["0"].weight.is_contiguous()
+    found = _infer(module, x), cpu.block_of(module, x).train(x)[0]
+    for one, other in zip(plain, found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_changed_epsilon_is_read_and_a_changed_norm_or_dtype_is_pytorchs():
+    module, x = _op(_chain, 6), _rows((3, 6, 5, 4))
+    before, _ = cpu.block_of(module, x).train(x)
+    module._modules["0"].norm.eps = 1.0
+    after, _ = cpu.block_of(module, x).train(x)
+    assert not torch.equal(before, after)
+    module._modules["0"].norm = torch.nn.GroupNorm(1, module._modules["0"].out_channels)
+    assert cpu.block_of(module, x) is None
+    module = _op(_chain, 6)
+    assert cpu.block_of(module, x) is not None
+    assert cpu.block_of(module.double(), x) is None
+
+
+def test_a_hook_on_a_gradient_is_called_by_pytorch():
+    module, x = _op(_chain, 6), _rows((3, 6, 5, 4))
+    module.register_full_backward_hook(lambda *_: None)
+    assert cpu.block_of(module, x) is None

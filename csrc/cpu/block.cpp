@@ -236,6 +236,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
                      const std::vector<Weights>& weights, const std::vector<Saved>& saved,
                      const float* dy, float* dx, const std::vector<Gradients>& gradients,
                      float* const work[2], int threads) const {
+  if (images.count == 0) throw std::invalid_argument("images: none to train on");
   const auto run = [&](const Chain& chain, Source add) {
     std::vector<Geometry> geometry(num_units());
     int64_t height = images.height, width = images.width;
