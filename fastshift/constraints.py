@@ -138,9 +138,11 @@ def _check_reachable(space: CostTables, constraint: Constraint) -> None:
         )
     smallest, largest = space.smallest(metric), space.largest(metric)
     if (high is not None and high < smallest) or (low is not None and low > largest):
-        wanted = f"{'' if low is None else f'{low:.10g}'}:{'' if high is None else f'{high:.10g}'}"
+        bounds = (("at least", low), ("at most", high))
+        wanted = " and ".join(f"{word} {x:.10g}" for word, x in bounds if x is not None)
+        share = f" ({100 * smallest / largest:.3g}% of the dearest)" if largest else ""
         raise ConstraintError(
-            f"no architecture of {space.name} has {metric} in {wanted}: the cheapest, "
-            f"{space.format(space.cheapest(metric))}, has {smallest:.10g}, the dearest, "
+            f"no architecture of {space.name} {metric} of {wanted}: the cheapest, "
+            f"{space.format(space.cheapest(metric))}, has {smallest:.10g}{share}, the dearest, "
             f"{space.format(space.dearest(metric))}, has {largest:.10g}"
         )

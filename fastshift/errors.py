@@ -63,5 +63,6 @@ def missing_extra(package: str, extra: str) -> MissingExtraError:
         The exception, to be raised by the caller.
     """
     return MissingExtraError(
-        f"{package!r} is needed here and not installed: pip install 'fastshift[{extra}]'"
+        f"{package!r} is needed here and not installed; it comes with the extra {extra!r}: in the "
+        f"checkout, pip install --no-build-isolation -e '.[{extra}]'"
     )

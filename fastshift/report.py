@@ -80,7 +80,7 @@ def summary(
     sections = [("Best architectures", _TOP_HEADER, _top_rows(run))]
     if run.result.get("retrained"):
         sections.append(("Retrained from scratch", _RETRAINED_HEADER, _retrained_rows(run)))
-    sections.append(("Budget", ("", ""), _budget_rows(run)))
+    sections.append(("Budget of the search", ("", ""), _budget_rows(run)))
     if plain:
         _print_plain(sections, stream)
     else:
@@ -185,7 +185,7 @@ def _document(run: Run) -> str:
         "of the network's multiply-adds. Dashed: identity, the block is left out."
     )
     tables = [
-        pages.card("Budget", pages.table((), _budget_rows(run))),
+        pages.card("Budget of the search", pages.table((), _budget_rows(run))),
         pages.card("Search", pages.table((), _search_rows(run))),
         pages.card("Data", pages.table((), _pairs(result["data"]))),
         pages.card("Configuration", _configuration(run)),

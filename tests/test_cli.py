@@ -146,7 +146,7 @@ def test_without_matplotlib_a_search_ends_well_and_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     argv = ["search", f"--supernet={supernet}", *IMAGES, *SEARCH, f"--out={tmp_path / 'run'}"]
     assert main(argv) == 0
-    assert "pip install 'fastshift[report]'" in capsys.readouterr().out
+    assert "-e '.[report]'" in capsys.readouterr().out
 
 
 def test_a_transfer_has_a_head_for_the_new_classes(supernet, tmp_path):

@@ -182,7 +182,7 @@ def test_the_page_has_every_section(page: str) -> None:
         "Best architectures",
         "Retrained from scratch",
         "The chosen architecture, block by block",
-        "Budget",
+        "Budget of the search",
         "Search",
         "Data",
         "Configuration",
@@ -420,9 +420,9 @@ def test_a_missing_package_is_named_with_its_extra(
     directory = make_run(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with pytest.raises(MissingExtraError, match=r"'matplotlib'.*fastshift\[report\]"):
+    with pytest.raises(MissingExtraError, match=r"'matplotlib'.*\.\[report\]"):
         write_report(directory)
-    with pytest.raises(MissingExtraError, match=r"'rich'.*fastshift\[cli\]"):
+    with pytest.raises(MissingExtraError, match=r"'rich'.*\.\[cli\]"):
         summary(directory)
     summary(directory, plain=True, stream=io.StringIO())
 
@@ -444,7 +444,7 @@ def test_the_summary_prints_every_table(
         "Retrained from scratch",
         "winner",
         "6.25 %",
-        "Budget",
+        "Budget of the search",
         "75.5 s",
         "54,000",
         "stopped early: interrupted",
