@@ -6,6 +6,7 @@ what autograd needs.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -51,7 +52,7 @@ def _instruction_set(wanted: str) -> str:
     )
 
 
-_BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead | None] = WeakKeyDictionary()
+_BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead] = WeakKeyDictionary()
 
 
 def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
@@ -64,16 +65,15 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         or torch.is_autocast_enabled("cpu")
     ):
         return None
-    if op not in _BLOCKS:
-        found = None
-        if _is_built_in(op):
-            found = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
-        _BLOCKS[op] = found
-    found = _BLOCKS[op]
-    # A hook expects the module it hangs on to be called.
-    if found is None or not found.is_current() or any(map(_has_hooks, op.modules())):
+    units = [module for module in op.modules() if isinstance(module, ConvUnit)]
+    # A unit that was replaced, or changed into what the kernels lack, shows here.
+    if not _are_built_in(units):
         return None
-    return found
+    found = _BLOCKS.get(op)
+    if found is None or not found.holds(units):
+        found = _BLOCKS[op] = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
+    # A hook expects the module it hangs on to be called.
+    return None if any(map(_has_hooks, op.modules())) else found
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -85,8 +85,7 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_built_in(op: nn.Module) -> bool:
-    units = [unit for unit in op.modules() if isinstance(unit, ConvUnit)]
+def _are_built_in(units: Sequence[ConvUnit]) -> bool:
     return bool(units) and all(
         type(unit.norm) is nn.BatchNorm2d
         and unit.norm.track_running_stats
@@ -141,12 +140,9 @@ class CpuBlock:
             self.out_channels,
         )
 
-    def is_current(self) -> bool:
-        """Whether its units are still as they were when this was made."""
-        return all(
-            unit.weight.dtype is torch.float32 and type(unit.norm) is nn.BatchNorm2d
-            for unit in self.units
-        )
+    def holds(self, units: Sequence[ConvUnit]) -> bool:
+        """Whether this was made of just these units."""
+        return len(units) == len(self.units) and all(map(operator.is_, units, self.units))
 
     @property
     def eps(self) -> list[float]:
@@ -227,9 +223,9 @@ class CpuHead:
         self._head = ref(head)  # its classifier may be replaced
         self.block = CpuBlock(head.features)
 
-    def is_current(self) -> bool:
-        """Whether its units are still as they were when this was made."""
-        return self.block.is_current()
+    def holds(self, units: Sequence[ConvUnit]) -> bool:
+        """Whether this was made of just these units."""
+        return self.block.holds(units)
 
     def _logits(self, features: Tensor) -> Tensor:
         head = self._head()

@@ -776,3 +776,13 @@ def test_a_hook_on_a_gradient_is_called_by_pytorch():
     module, x = _op(_chain, 6), _rows((3, 6, 5, 4))
     module.register_full_backward_hook(lambda *_: None)
     assert cpu.block_of(module, x) is None
+
+
+def test_a_replaced_unit_is_the_one_that_runs():
+    module, x = _op(_chain, 6), _rows((3, 6, 5, 4))
+    cpu.block_of(module, x)
+    module._modules["0"] = copy.deepcopy(module._modules["0"])
+    with torch.no_grad():
+        module._modules["0"].weight.neg_()
+    found, _ = cpu.block_of(module, x).train(x)
+    assert torch.allclose(found, copy.deepcopy(module)(x), atol=1e-4)
