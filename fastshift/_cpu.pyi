@@ -1,9 +1,15 @@
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 Unit = tuple[bool, int, int, int, int, bool]
 Images = tuple[int, int, int]
 
-def instruction_sets() -> list[str]: ...
+def instruction_sets() -> dict[str, str]: ...
+def buffer(floats: int) -> NDArray[np.float32]: ...
+def release_memory() -> None: ...
+def memory_use() -> dict[str, int]: ...
 
 class Block:
     def __init__(
@@ -14,6 +20,8 @@ class Block:
         in_channels: int,
         out_channels: int,
     ) -> None: ...
+    def saved_floats(self, images: Images) -> int: ...
+    def statistics_floats(self) -> int: ...
     def forward(
         self,
         isa: str,
@@ -21,7 +29,8 @@ class Block:
         x: int,
         parameters: Sequence[int],
         eps: Sequence[float],
-        saved: Sequence[int],
+        saved: int,
+        statistics: int,
         y: int,
         threads: int,
     ) -> None: ...
@@ -32,11 +41,11 @@ class Block:
         x: int,
         parameters: Sequence[int],
         eps: Sequence[float],
-        saved: Sequence[int],
+        saved: int,
+        statistics: int,
         dy: int,
         dx: int,
         gradients: Sequence[int],
-        work: tuple[int, int],
         threads: int,
     ) -> None: ...
     def infer(

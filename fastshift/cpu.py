@@ -100,8 +100,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _memory(floats: int) -> Tensor:
+    """Uninitialised `[floats]`, of pages that were used before where there are any."""
+    return torch.from_numpy(_cpu.buffer(floats))
+
+
 def _empty(images: int, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty((images, channels, height, width), memory_format=torch.channels_last)
+    memory = _memory(images * height * width * channels)
+    return memory.view(images, height, width, channels).permute(0, 3, 1, 2)
 
 
 class CpuBlock:
@@ -180,8 +186,9 @@ class CpuBlock:
             `[N, C', H', W']`, and mean and unbiased variance, `[C]` each, of every batch norm.
         """
         self._check(x)
-        y, *statistics = _Train.apply(self, x, *self.parameters())
-        return y, [(s[0], s[1]) for s in statistics]
+        y, statistics = _Train.apply(self, x, *self.parameters())
+        widths = [5 * unit.out_channels for unit in self.units]
+        return y, [tuple(s.view(5, -1)[:2]) for s in statistics.split(widths)]
 
     def infer(self, x: Tensor, moments: Sequence[Moments], pooled: bool = False) -> Tensor:
         """Apply the op with batch norms that normalise by given statistics.
@@ -258,53 +265,46 @@ class _Train(torch.autograd.Function):
         x = _rows(x)
         parameters = tuple(_plain(p) for p in parameters)
         n, _, height, width = x.shape
-        sizes = block.sizes(height, width)
-        raws = [
-            torch.empty(n * h * w * unit.out_channels)
-            for unit, (h, w) in zip(block.units, sizes, strict=True)
-        ]
-        statistics = [torch.empty(5, unit.out_channels) for unit in block.units]
-        y = _empty(n, block.out_channels, *sizes[block.main - 1])
-        saved = [p for pair in zip(raws, statistics, strict=True) for p in pair]
+        images = (n, height, width)
+        saved = _memory(block.core.saved_floats(images))
+        statistics = torch.empty(block.core.statistics_floats())
+        y = _empty(n, block.out_channels, *block.sizes(height, width)[block.main - 1])
         block.core.forward(
             instruction_set(),
-            (n, height, width),
+            images,
             x.data_ptr(),
             _pointers(parameters),
             block.eps,
-            _pointers(saved),
+            saved.data_ptr(),
+            statistics.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
         )
         ctx.block = block
-        ctx.count = len(parameters)
-        ctx.save_for_backward(x, *parameters, *saved)
-        ctx.mark_non_differentiable(*statistics)
-        return y, *statistics
+        ctx.save_for_backward(x, saved, statistics, *parameters)
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor, *_):
         block = ctx.block
-        x, *rest = ctx.saved_tensors
-        parameters, saved = rest[: ctx.count], rest[ctx.count :]
+        x, saved, statistics, *parameters = ctx.saved_tensors
         dy = _rows(dy)
         n, _, height, width = x.shape
-        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        dx = _empty(*x.shape) if ctx.needs_input_grad[1] else None
         gradients = [None if p is None else torch.empty_like(p) for p in parameters]
-        largest = max(raw.numel() for raw in saved[::2])
-        work = torch.empty(2, largest)
         block.core.backward(
             instruction_set(),
             (n, height, width),
             x.data_ptr(),
             _pointers(parameters),
             block.eps,
-            _pointers(saved),
+            saved.data_ptr(),
+            statistics.data_ptr(),
             dy.data_ptr(),
             0 if dx is None else dx.data_ptr(),
             _pointers(gradients),
-            (work[0].data_ptr(), work[1].data_ptr()),
             torch.get_num_threads(),
         )
         return None, dx, *gradients

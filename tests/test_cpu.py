@@ -160,6 +160,8 @@ def poison(monkeypatch):
     """Memory that `fastshift.cpu` asks for is full of NaN: what is not written shows."""
     poisoned = _Poisoned()
     monkeypatch.setattr(cpu, "torch", poisoned)
+    memory = cpu._memory
+    monkeypatch.setattr(cpu, "_memory", lambda floats: poisoned.count(memory(floats)))
     return poisoned
 
 
@@ -174,11 +176,12 @@ class _Poisoned:
         if not name.startswith("empty"):
             return found
 
-        def filled(*arguments, **options):
-            self.given += 1
-            return found(*arguments, **options).fill_(torch.nan)
+        return lambda *arguments, **options: self.count(found(*arguments, **options))
 
-        return filled
+    def count(self, given):
+        """Fill what was given."""
+        self.given += 1
+        return given.fill_(torch.nan)
 
 
 @pytest.fixture

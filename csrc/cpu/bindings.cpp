@@ -1,4 +1,5 @@
 // fastshift._cpu: candidate ops on the CPU, for Python. No arithmetic lives here.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,7 @@
 
 #include "block.hpp"
 #include "isa.hpp"
+#include "memory.hpp"
 
 namespace py = pybind11;
 using namespace fastshift::cpu;
@@ -62,12 +64,11 @@ std::vector<Weights> weights_of(const Block& block, const std::vector<Address>& 
   return found;
 }
 
-std::vector<Saved> saved_of(const Block& block, const std::vector<Address>& saved) {
-  const std::size_t units = static_cast<std::size_t>(block.num_units());
-  expect(saved.size(), 2 * units, "saved");
-  std::vector<Saved> found;
-  for (std::size_t i = 0; i < units; ++i) found.push_back({at(saved[2 * i]), at(saved[2 * i + 1])});
-  return found;
+// Floats that go back to the pool with the array.
+py::array_t<float> make_buffer(std::int64_t floats) {
+  void* data = take_memory(static_cast<std::size_t>(floats) * sizeof(float));
+  const py::capsule owner(data, [](void* given) { give_memory(given); });
+  return py::array_t<float>({floats}, {sizeof(float)}, static_cast<float*>(data), owner);
 }
 
 Images images_of(const ImagesTuple& images) {
@@ -84,38 +85,47 @@ PYBIND11_MODULE(_cpu, m) {
         return found;
       },
       "Every instruction set, best first, and why it cannot run here; empty where it can.");
+  m.def("buffer", &make_buffer, py::arg("floats"),
+        "Uninitialised float32 memory, aligned for any vector, which is kept when it is let go.");
+  m.def("release_memory", [] { release_memory(); }, "Hand the memory that is kept to the system.");
+  m.def("memory_use", [] {
+    const MemoryUse use = memory_use();
+    return py::dict(py::arg("in_use") = use.in_use, py::arg("kept") = use.kept,
+                    py::arg("peak") = use.peak);
+  }, "Bytes of `buffer`'s and the kernels' large memory: handed out, kept, most ever handed out.");
   py::class_<Block>(m, "Block")
       .def(py::init(&make_block), py::arg("units"), py::arg("main_units"), py::arg("frame"),
            py::arg("in_channels"), py::arg("out_channels"))
+      .def("saved_floats", [](const Block& block, const ImagesTuple& images) {
+             return block.saved_floats(images_of(images));
+           })
+      .def("statistics_floats", &Block::statistics_floats)
       .def("forward",
            [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
               const std::vector<Address>& parameters, const std::vector<double>& eps,
-              const std::vector<Address>& saved, Address y, int threads) {
+              Address saved, Address statistics, Address y, int threads) {
              const Kernels& kernels = kernels_of(isa);
              const auto weights = weights_of(block, parameters, eps);
-             const auto kept = saved_of(block, saved);
              const py::gil_scoped_release release;
-             block.forward(kernels, images_of(images), at(x), weights, kept, at(y), threads);
+             block.forward(kernels, images_of(images), at(x), weights, at(saved), at(statistics),
+                           at(y), threads);
            })
       .def("backward",
            [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
               const std::vector<Address>& parameters, const std::vector<double>& eps,
-              const std::vector<Address>& saved, Address dy, Address dx,
-              const std::vector<Address>& gradients, const std::pair<Address, Address>& work,
-              int threads) {
+              Address saved, Address statistics, Address dy, Address dx,
+              const std::vector<Address>& gradients, int threads) {
              const Kernels& kernels = kernels_of(isa);
              const auto weights = weights_of(block, parameters, eps);
-             const auto kept = saved_of(block, saved);
              expect(gradients.size(), 3 * weights.size(), "gradients");
              std::vector<Gradients> to;
              for (std::size_t i = 0; i < weights.size(); ++i) {
                to.push_back({at(gradients[3 * i]), at(gradients[3 * i + 1]),
                              at(gradients[3 * i + 2])});
              }
-             float* const buffers[2] = {at(work.first), at(work.second)};
              const py::gil_scoped_release release;
-             block.backward(kernels, images_of(images), at(x), weights, kept, at(dy), at(dx), to,
-                            buffers, threads);
+             block.backward(kernels, images_of(images), at(x), weights, at(saved), at(statistics),
+                            at(dy), at(dx), to, threads);
            })
       .def("infer", [](const Block& block, const std::string& isa, const ImagesTuple& images,
                        Address x, const std::vector<Address>& parameters,

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "memory.hpp"
 #include "pool.hpp"
 
 namespace fastshift::cpu {
@@ -45,6 +46,16 @@ T* scratch_memory(Role role, int64_t count) {
   static thread_local Buffer buffers[kRoles];
   return buffers[role].get<T>(count);
 }
+
+// Large memory of one call.
+struct Work {
+  explicit Work(int64_t floats)
+      : data(static_cast<float*>(take_memory(static_cast<std::size_t>(floats) * sizeof(float)))) {}
+  ~Work() { give_memory(data); }
+  Work(const Work&) = delete;
+  Work& operator=(const Work&) = delete;
+  float* const data;
+};
 
 Geometry geometry_of(const Unit& unit, int64_t height, int64_t width) {
   return {height,           width,
@@ -162,6 +173,29 @@ Block::Block(std::vector<Unit> units, int main_units, Frame frame, int64_t in_ch
   }
 }
 
+std::vector<Block::Place> Block::places(const Images& images) const {
+  std::vector<Place> found(num_units() + 1, Place{0, 0});
+  int64_t height = images.height, width = images.width;
+  for (int64_t index = 0; index < num_units(); ++index) {
+    const Unit& unit = units_[index];
+    if (index == main_units_) {
+      height = images.height;
+      width = images.width;
+    }
+    const Geometry g = geometry_of(unit, height, width);
+    height = g.out_height;
+    width = g.out_width;
+    const int64_t floats = images.count * height * width * unit.out_channels;
+    found[index + 1] = {found[index].saved + round_to_line(floats),
+                        found[index].statistics + 5 * unit.out_channels};
+  }
+  return found;
+}
+
+int64_t Block::saved_floats(const Images& images) const { return places(images).back().saved; }
+
+int64_t Block::statistics_floats() const { return places({0, 1, 1}).back().statistics; }
+
 Block::Chain Block::main_chain() const {
   const bool splits = frame_ == Frame::shuffle && main_units_ == num_units();
   Chain chain{0, main_units_, splits ? 1 : 0, splits ? 2 : 1, 0};
@@ -174,8 +208,9 @@ Block::Chain Block::shortcut_chain() const {
 }
 
 void Block::forward(const Kernels& kernels, const Images& images, const float* x,
-                    const std::vector<Weights>& weights, const std::vector<Saved>& saved, float* y,
-                    int threads) const {
+                    const std::vector<Weights>& weights, float* saved, float* statistics,
+                    float* y, int threads) const {
+  const std::vector<Place> place = places(images);
   const auto run = [&](const Chain& chain, Source residual) {
     Source source{x + chain.x_offset, in_channels_, chain.x_step};
     Affine prologue{nullptr, nullptr, false};
@@ -187,6 +222,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
       width = geometry.out_width;
       const int groups = group_count(unit, images);
       const int64_t channels = unit.out_channels;
+      float* raw = saved + place[index].saved;
       const float* packed = packed_weight(kernels, unit, weights[index].weight, true);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
       std::fill(sums, sums + groups * 3 * channels, 0.0);
@@ -200,15 +236,16 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
         task.x = source;
         task.prologue = prologue;
         task.weight = packed;
-        task.y = {saved[index].raw, channels, 1};
+        task.y = {raw, channels, 1};
         task.sums = sums + group * 3 * channels;
         counts[group] = (task.stop_image - task.first_image) * height * width;
         float* memory = scratch_memory<float>(kScratch, scratch);
         (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)(task, memory);
       });
-      finish_statistics(sums, groups, counts, channels, weights[index], saved[index].statistics);
-      source = {saved[index].raw, channels, 1};
-      prologue = affine_of(unit, saved[index].statistics);
+      float* own = statistics + place[index].statistics;
+      finish_statistics(sums, groups, counts, channels, weights[index], own);
+      source = {raw, channels, 1};
+      prologue = affine_of(unit, own);
     }
     parallel_rows(images.count, height * width, threads, [&](int64_t first, int64_t stop) {
       kernels.apply({first, stop, units_[chain.stop - 1].out_channels, source, prologue, residual,
@@ -233,10 +270,16 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
 }
 
 void Block::backward(const Kernels& kernels, const Images& images, const float* x,
-                     const std::vector<Weights>& weights, const std::vector<Saved>& saved,
-                     const float* dy, float* dx, const std::vector<Gradients>& gradients,
-                     float* const work[2], int threads) const {
+                     const std::vector<Weights>& weights, const float* saved,
+                     const float* all_statistics, const float* dy, float* dx,
+                     const std::vector<Gradients>& gradients, int threads) const {
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
+  const std::vector<Place> place = places(images);
+  int64_t largest = 1;
+  for (int64_t index = 0; index + 1 < num_units(); ++index) {
+    largest = std::max(largest, place[index + 1].saved - place[index].saved);
+  }
+  const Work work[2] = {Work(largest), Work(num_units() > 2 ? largest : 1)};
   const auto run = [&](const Chain& chain, Source add) {
     std::vector<Geometry> geometry(num_units());
     int64_t height = images.height, width = images.width;
@@ -252,9 +295,9 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
       const Geometry& shape = geometry[index];
       const int64_t in = unit.in_channels, out = unit.out_channels;
       const int64_t positions = shape.out_height * shape.out_width;
-      const float* statistics = saved[index].statistics;
+      const float* statistics = all_statistics + place[index].statistics;
       const Affine activation = affine_of(unit, statistics);
-      const Source raw{saved[index].raw, out, 1};
+      const Source raw{saved + place[index].saved, out, 1};
       const int groups = group_count(unit, images);
       if (index == chain.stop - 1) {
         double* sums = scratch_memory<double>(kSums, groups * 2 * out);
@@ -302,10 +345,11 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
           if (dx) task.dx = {dx + chain.x_offset, in_channels_, chain.x_step};
           task.add = add;
         } else {
-          task.x = {saved[index - 1].raw, in, 1};
-          task.prologue = affine_of(units_[index - 1], saved[index - 1].statistics);
-          task.x_mean = saved[index - 1].statistics;
-          task.dx = {work[index % 2], in, 1};
+          const float* before = all_statistics + place[index - 1].statistics;
+          task.x = {saved + place[index - 1].saved, in, 1};
+          task.prologue = affine_of(units_[index - 1], before);
+          task.x_mean = before;
+          task.dx = {work[(chain.stop - 1 - index) % 2].data, in, 1};
           task.sums = sums + group * 2 * in;
         }
         task.dweight = partial + group * size;
@@ -329,7 +373,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
       for (int group = 0; group < groups; ++group) {
         for (int64_t i = 0; i < 2 * in; ++i) totals[i] += sums[group * 2 * in + i];
       }
-      gradient = {work[index % 2], in, 1};
+      gradient = {work[(chain.stop - 1 - index) % 2].data, in, 1};
     }
   };
   Source add{nullptr, 0, 1};

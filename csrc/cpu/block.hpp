@@ -30,12 +30,6 @@ struct Weights {
   double eps;
 };
 
-// Of one unit: the raw output [rows][out], and [5][out]: mean, unbiased variance, scale, shift, and
-// one over the standard deviation.
-struct Saved {
-  float *raw, *statistics;
-};
-
 struct Gradients {
   float *weight, *gamma, *beta;  // overwritten; gamma and beta may be null
 };
@@ -54,15 +48,21 @@ class Block {
   int64_t num_units() const { return static_cast<int64_t>(units_.size()); }
   const std::vector<Unit>& units() const { return units_; }
 
+  // What a training pass keeps for its backward, in floats.
+  int64_t saved_floats(const Images& images) const;
+  // Of all units, one after the other: [5][out], the mean, unbiased variance, scale, shift, and one
+  // over the standard deviation.
+  int64_t statistics_floats() const;
+
   // Each batch norm normalises by the moments of these images.
   void forward(const Kernels& kernels, const Images& images, const float* x,
-               const std::vector<Weights>& weights, const std::vector<Saved>& saved, float* y,
+               const std::vector<Weights>& weights, float* saved, float* statistics, float* y,
                int threads) const;
-  // dx may be null. `work`: two buffers of the largest raw output.
+  // dx may be null.
   void backward(const Kernels& kernels, const Images& images, const float* x,
-                const std::vector<Weights>& weights, const std::vector<Saved>& saved,
+                const std::vector<Weights>& weights, const float* saved, const float* statistics,
                 const float* dy, float* dx, const std::vector<Gradients>& gradients,
-                float* const work[2], int threads) const;
+                int threads) const;
   // `pooled`: y is [images][out], the means over the positions; the last unit is not depthwise.
   void infer(const Kernels& kernels, const Images& images, const float* x,
              const std::vector<Weights>& weights, const std::vector<Moments>& moments, float* y,
@@ -73,6 +73,11 @@ class Block {
     int first, stop;
     int64_t x_offset, x_step, y_offset;
   };
+  // Where the arrays of a unit lie.
+  struct Place {
+    int64_t saved, statistics;
+  };
+  std::vector<Place> places(const Images& images) const;
   Chain main_chain() const;
   Chain shortcut_chain() const;
 
