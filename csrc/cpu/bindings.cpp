@@ -71,8 +71,9 @@ py::array_t<float> make_buffer(std::int64_t floats) {
   return py::array_t<float>({floats}, {sizeof(float)}, static_cast<float*>(data), owner);
 }
 
-Images images_of(const ImagesTuple& images) {
-  return {std::get<0>(images), std::get<1>(images), std::get<2>(images)};
+Images images_of(const ImagesTuple& images, bool bf16) {
+  return {std::get<0>(images), std::get<1>(images), std::get<2>(images),
+          bf16 ? kBfloat16 : kFloat32};
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -96,25 +97,29 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Block>(m, "Block")
       .def(py::init(&make_block), py::arg("units"), py::arg("main_units"), py::arg("frame"),
            py::arg("in_channels"), py::arg("out_channels"))
-      .def("saved_floats", [](const Block& block, const ImagesTuple& images) {
-             return block.saved_floats(images_of(images));
-           })
+      .def("saved_floats", [](const Block& block, const ImagesTuple& images, bool bf16) {
+             return block.saved_floats(images_of(images, bf16));
+           },
+           py::arg("images"), py::arg("bf16") = false)
       .def("statistics_floats", &Block::statistics_floats)
       .def("forward",
            [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
               const std::vector<Address>& parameters, const std::vector<double>& eps,
-              Address saved, Address statistics, Address y, int threads) {
+              Address saved, Address statistics, Address y, int threads, bool bf16) {
              const Kernels& kernels = kernels_of(isa);
              const auto weights = weights_of(block, parameters, eps);
              const py::gil_scoped_release release;
-             block.forward(kernels, images_of(images), at(x), weights, at(saved), at(statistics),
+             block.forward(kernels, images_of(images, bf16), at(x), weights, at(saved), at(statistics),
                            at(y), threads);
-           })
+           },
+           py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
+           py::arg("saved"), py::arg("statistics"), py::arg("y"), py::arg("threads"),
+           py::arg("bf16") = false)
       .def("backward",
            [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
               const std::vector<Address>& parameters, const std::vector<double>& eps,
               Address saved, Address statistics, Address dy, Address dx,
-              const std::vector<Address>& gradients, int threads) {
+              const std::vector<Address>& gradients, int threads, bool bf16) {
              const Kernels& kernels = kernels_of(isa);
              const auto weights = weights_of(block, parameters, eps);
              expect(gradients.size(), 3 * weights.size(), "gradients");
@@ -124,13 +129,16 @@ PYBIND11_MODULE(_cpu, m) {
                              at(gradients[3 * i + 2])});
              }
              const py::gil_scoped_release release;
-             block.backward(kernels, images_of(images), at(x), weights, at(saved), at(statistics),
+             block.backward(kernels, images_of(images, bf16), at(x), weights, at(saved), at(statistics),
                             at(dy), at(dx), to, threads);
-           })
+           },
+           py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
+           py::arg("saved"), py::arg("statistics"), py::arg("dy"), py::arg("dx"),
+           py::arg("gradients"), py::arg("threads"), py::arg("bf16") = false)
       .def("infer", [](const Block& block, const std::string& isa, const ImagesTuple& images,
                        Address x, const std::vector<Address>& parameters,
                        const std::vector<double>& eps, const std::vector<Address>& moments,
-                       Address y, bool pooled, int threads) {
+                       Address y, bool pooled, int threads, bool bf16) {
         const Kernels& kernels = kernels_of(isa);
         const auto weights = weights_of(block, parameters, eps);
         expect(moments.size(), 2 * weights.size(), "moments");
@@ -139,6 +147,9 @@ PYBIND11_MODULE(_cpu, m) {
           fixed.push_back({at(moments[2 * i]), at(moments[2 * i + 1])});
         }
         const py::gil_scoped_release release;
-        block.infer(kernels, images_of(images), at(x), weights, fixed, at(y), pooled, threads);
-      });
+        block.infer(kernels, images_of(images, bf16), at(x), weights, fixed, at(y), pooled,
+                    threads);
+      }, py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
+           py::arg("moments"), py::arg("y"), py::arg("pooled"), py::arg("threads"),
+           py::arg("bf16") = false);
 }

@@ -49,13 +49,22 @@ T* scratch_memory(Role role, int64_t count) {
 
 // Large memory of one call.
 struct Work {
-  explicit Work(int64_t floats)
-      : data(static_cast<float*>(take_memory(static_cast<std::size_t>(floats) * sizeof(float)))) {}
+  explicit Work(int64_t bytes) : data(take_memory(static_cast<std::size_t>(bytes))) {}
   ~Work() { give_memory(data); }
   Work(const Work&) = delete;
   Work& operator=(const Work&) = delete;
-  float* const data;
+  void* const data;
 };
+
+int64_t size_of(Element element) { return element == kFloat32 ? 4 : 2; }
+
+// Elements on from an address.
+const void* after(const void* from, int64_t elements, Element element) {
+  return static_cast<const char*>(from) + elements * size_of(element);
+}
+void* after(void* from, int64_t elements, Element element) {
+  return static_cast<char*>(from) + elements * size_of(element);
+}
 
 Geometry geometry_of(const Unit& unit, int64_t height, int64_t width) {
   return {height,           width,
@@ -185,16 +194,18 @@ std::vector<Block::Place> Block::places(const Images& images) const {
     const Geometry g = geometry_of(unit, height, width);
     height = g.out_height;
     width = g.out_width;
-    const int64_t floats = images.count * height * width * unit.out_channels;
-    found[index + 1] = {found[index].saved + round_to_line(floats),
+    const int64_t elements = images.count * height * width * unit.out_channels;
+    found[index + 1] = {found[index].saved + (elements + 31) / 32 * 32,
                         found[index].statistics + 5 * unit.out_channels};
   }
   return found;
 }
 
-int64_t Block::saved_floats(const Images& images) const { return places(images).back().saved; }
+int64_t Block::saved_floats(const Images& images) const {
+  return places(images).back().saved * size_of(images.element) / 4;
+}
 
-int64_t Block::statistics_floats() const { return places({0, 1, 1}).back().statistics; }
+int64_t Block::statistics_floats() const { return places({0, 1, 1, kFloat32}).back().statistics; }
 
 Block::Chain Block::main_chain() const {
   const bool splits = frame_ == Frame::shuffle && main_units_ == num_units();
@@ -207,12 +218,13 @@ Block::Chain Block::shortcut_chain() const {
   return {main_units_, static_cast<int>(num_units()), 0, 1, 0};
 }
 
-void Block::forward(const Kernels& kernels, const Images& images, const float* x,
-                    const std::vector<Weights>& weights, float* saved, float* statistics,
-                    float* y, int threads) const {
+void Block::forward(const Kernels& kernels, const Images& images, const void* x,
+                    const std::vector<Weights>& weights, void* saved, float* statistics,
+                    void* y, int threads) const {
+  const Element element = images.element;
   const std::vector<Place> place = places(images);
   const auto run = [&](const Chain& chain, Source residual) {
-    Source source{x + chain.x_offset, in_channels_, chain.x_step};
+    Source source{after(x, chain.x_offset, element), in_channels_, chain.x_step};
     Affine prologue{nullptr, nullptr, false};
     int64_t height = images.height, width = images.width;
     for (int index = chain.first; index < chain.stop; ++index) {
@@ -222,7 +234,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
       width = geometry.out_width;
       const int groups = group_count(unit, images);
       const int64_t channels = unit.out_channels;
-      float* raw = saved + place[index].saved;
+      void* raw = after(saved, place[index].saved, element);
       const float* packed = packed_weight(kernels, unit, weights[index].weight, true);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
       std::fill(sums, sums + groups * 3 * channels, 0.0);
@@ -240,7 +252,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
         task.sums = sums + group * 3 * channels;
         counts[group] = (task.stop_image - task.first_image) * height * width;
         float* memory = scratch_memory<float>(kScratch, scratch);
-        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)(task, memory);
+        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)[element](task, memory);
       });
       float* own = statistics + place[index].statistics;
       finish_statistics(sums, groups, counts, channels, weights[index], own);
@@ -248,8 +260,8 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
       prologue = affine_of(unit, own);
     }
     parallel_rows(images.count, height * width, threads, [&](int64_t first, int64_t stop) {
-      kernels.apply({first, stop, units_[chain.stop - 1].out_channels, source, prologue, residual,
-                     {y + chain.y_offset, out_channels_, 1}});
+      kernels.apply[element]({first, stop, units_[chain.stop - 1].out_channels, source, prologue, residual,
+                     {after(y, chain.y_offset, element), out_channels_, 1}});
     });
   };
   Source residual{nullptr, 0, 1};
@@ -261,7 +273,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
   } else if (frame_ == Frame::shuffle) {
     parallel_rows(images.count, images.height * images.width, threads,
                   [&](int64_t first, int64_t stop) {
-                    kernels.apply({first, stop, in_channels_ / 2, {x, in_channels_, 2},
+                    kernels.apply[element]({first, stop, in_channels_ / 2, {x, in_channels_, 2},
                                    {nullptr, nullptr, false}, {nullptr, 0, 1},
                                    {y, out_channels_, 1}});
                   });
@@ -269,16 +281,18 @@ void Block::forward(const Kernels& kernels, const Images& images, const float* x
   run(main_chain(), residual);
 }
 
-void Block::backward(const Kernels& kernels, const Images& images, const float* x,
-                     const std::vector<Weights>& weights, const float* saved,
-                     const float* all_statistics, const float* dy, float* dx,
+void Block::backward(const Kernels& kernels, const Images& images, const void* x,
+                     const std::vector<Weights>& weights, const void* saved,
+                     const float* all_statistics, const void* dy, void* dx,
                      const std::vector<Gradients>& gradients, int threads) const {
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
+  const Element element = images.element;
   const std::vector<Place> place = places(images);
   int64_t largest = 1;
   for (int64_t index = 0; index + 1 < num_units(); ++index) {
     largest = std::max(largest, place[index + 1].saved - place[index].saved);
   }
+  largest *= size_of(element);
   const Work work[2] = {Work(largest), Work(num_units() > 2 ? largest : 1)};
   const auto run = [&](const Chain& chain, Source add) {
     std::vector<Geometry> geometry(num_units());
@@ -288,7 +302,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
       height = geometry[index].out_height;
       width = geometry[index].out_width;
     }
-    Source gradient{dy + chain.y_offset, out_channels_, 1};
+    Source gradient{after(dy, chain.y_offset, element), out_channels_, 1};
     std::vector<double> totals;  // [2][channels]: of the gradient, and of it times (raw - mean)
     for (int index = chain.stop - 1; index >= chain.first; --index) {
       const Unit& unit = units_[index];
@@ -297,13 +311,13 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
       const int64_t positions = shape.out_height * shape.out_width;
       const float* statistics = all_statistics + place[index].statistics;
       const Affine activation = affine_of(unit, statistics);
-      const Source raw{saved + place[index].saved, out, 1};
+      const Source raw{after(saved, place[index].saved, element), out, 1};
       const int groups = group_count(unit, images);
       if (index == chain.stop - 1) {
         double* sums = scratch_memory<double>(kSums, groups * 2 * out);
         std::fill(sums, sums + groups * 2 * out, 0.0);
         parallel(groups, threads, [&](int group) {
-          kernels.reduce({group_start(group, groups, images.count) * positions,
+          kernels.reduce[element]({group_start(group, groups, images.count) * positions,
                           group_start(group + 1, groups, images.count) * positions, out, raw,
                           gradient, activation, statistics, sums + group * 2 * out});
         });
@@ -341,12 +355,12 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
         task.activation = activation;
         task.norm = {statistics, statistics + 2 * out, slope, offset};
         if (first) {
-          task.x = {x + chain.x_offset, in_channels_, chain.x_step};
-          if (dx) task.dx = {dx + chain.x_offset, in_channels_, chain.x_step};
+          task.x = {after(x, chain.x_offset, element), in_channels_, chain.x_step};
+          if (dx) task.dx = {after(dx, chain.x_offset, element), in_channels_, chain.x_step};
           task.add = add;
         } else {
           const float* before = all_statistics + place[index - 1].statistics;
-          task.x = {saved + place[index - 1].saved, in, 1};
+          task.x = {after(saved, place[index - 1].saved, element), in, 1};
           task.prologue = affine_of(units_[index - 1], before);
           task.x_mean = before;
           task.dx = {work[(chain.stop - 1 - index) % 2].data, in, 1};
@@ -355,7 +369,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
         task.dweight = partial + group * size;
         std::fill(task.dweight, task.dweight + size, 0.0f);
         float* memory = scratch_memory<float>(kScratch, scratch);
-        (unit.depthwise ? kernels.depthwise_backward : kernels.product_backward)(task, memory);
+        (unit.depthwise ? kernels.depthwise_backward : kernels.product_backward)[element](task, memory);
       });
       for (int group = 1; group < groups; ++group) {
         for (int64_t i = 0; i < size; ++i) partial[i] += partial[group * size + i];
@@ -385,7 +399,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
   } else if (dx && frame_ == Frame::shuffle) {
     parallel_rows(images.count, images.height * images.width, threads,
                   [&](int64_t first, int64_t stop) {
-                    kernels.apply({first, stop, in_channels_ / 2, {dy, out_channels_, 1},
+                    kernels.apply[element]({first, stop, in_channels_ / 2, {dy, out_channels_, 1},
                                    {nullptr, nullptr, false}, {nullptr, 0, 1},
                                    {dx, in_channels_, 2}});
                   });
@@ -393,10 +407,11 @@ void Block::backward(const Kernels& kernels, const Images& images, const float* 
   run(main_chain(), add);
 }
 
-void Block::infer(const Kernels& kernels, const Images& images, const float* x,
+void Block::infer(const Kernels& kernels, const Images& images, const void* x,
                   const std::vector<Weights>& weights, const std::vector<Moments>& moments,
-                  float* y, bool pooled, int threads) const {
+                  void* y, bool pooled, int threads) const {
   if (images.count == 0) return;
+  const Element element = images.element;
   // Hidden rows of a few images at a time, so that they stay in cache from unit to unit.
   std::vector<Geometry> geometry(num_units());
   std::vector<int64_t> packed_at(num_units() + 1, 0);
@@ -436,13 +451,14 @@ void Block::infer(const Kernels& kernels, const Images& images, const float* x,
   const bool aside = num_units() > main_units_ && frame_ == Frame::residual;
   parallel(tiles, threads, [&](int index) {
     const int64_t first = index * tile, count = std::min(tile, images.count - first);
-    const float* from = x + first * positions * in_channels_;
-    float* to = y + first * (pooled ? 1 : out_positions) * out_channels_;
+    const void* from = after(x, first * positions * in_channels_, element);
+    void* to = after(y, first * (pooled ? 1 : out_positions) * out_channels_,
+                     pooled ? kFloat32 : element);
     float* work = scratch_memory<float>(kHidden, 2 * round_to_line(count * hidden));
     float* const buffers[2] = {work, work + round_to_line(count * hidden)};
     float* memory = scratch_memory<float>(kScratch, scratch);
-    const auto run = [&](const Chain& chain, Source residual, float* target) {
-      Source source{from + chain.x_offset, in_channels_, chain.x_step};
+    const auto run = [&](const Chain& chain, Source residual, void* target) {
+      Source source{after(from, chain.x_offset, element), in_channels_, chain.x_step};
       for (int i = chain.first; i < chain.stop; ++i) {
         const Unit& unit = units_[i];
         const bool last = i == chain.stop - 1;
@@ -451,26 +467,26 @@ void Block::infer(const Kernels& kernels, const Images& images, const float* x,
         task.stop_image = count;
         task.x = source;
         task.weight = packed + packed_at[i];
-        task.y = last ? Target{target + chain.y_offset, out_channels_, 1}
+        task.y = last ? Target{after(target, chain.y_offset, element), out_channels_, 1}
                       : Target{buffers[i % 2], unit.out_channels, 1};
         task.epilogue = affine[i];
         if (last) task.residual = residual;
-        if (last && pooled) task.pooled = target;
-        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)(task, memory);
+        if (last && pooled) task.pooled = static_cast<float*>(target);
+        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)[element](task, memory);
         source = {task.y.data, task.y.row, 1};
       }
     };
     Source residual{nullptr, 0, 1};
     if (num_units() > main_units_) {
       // A product overwrites its rows before the residual is added, so that has rows of its own.
-      float* shortcut = aside ? scratch_memory<float>(kShortcut, count * out_positions * out_channels_)
+      void* shortcut = aside ? scratch_memory<float>(kShortcut, count * out_positions * out_channels_)
                               : to;
       run(shortcut_chain(), residual, shortcut);
       if (aside) residual = {shortcut, out_channels_, 1};
     } else if (frame_ == Frame::residual) {
       residual = {from, in_channels_, 1};
     } else if (frame_ == Frame::shuffle) {
-      kernels.apply({0, count * positions, in_channels_ / 2, {from, in_channels_, 2},
+      kernels.apply[element]({0, count * positions, in_channels_ / 2, {from, in_channels_, 2},
                      {nullptr, nullptr, false}, {nullptr, 0, 1}, {to, out_channels_, 1}});
     }
     run(main_chain(), residual, to);

@@ -22,6 +22,7 @@ enum class Frame { plain, residual, shuffle };
 
 struct Images {
   int64_t count, height, width;
+  Element element;  // of every row
 };
 
 // Of one unit; gamma and beta null: 1 and 0.
@@ -55,17 +56,17 @@ class Block {
   int64_t statistics_floats() const;
 
   // Each batch norm normalises by the moments of these images.
-  void forward(const Kernels& kernels, const Images& images, const float* x,
-               const std::vector<Weights>& weights, float* saved, float* statistics, float* y,
+  void forward(const Kernels& kernels, const Images& images, const void* x,
+               const std::vector<Weights>& weights, void* saved, float* statistics, void* y,
                int threads) const;
   // dx may be null.
-  void backward(const Kernels& kernels, const Images& images, const float* x,
-                const std::vector<Weights>& weights, const float* saved, const float* statistics,
-                const float* dy, float* dx, const std::vector<Gradients>& gradients,
+  void backward(const Kernels& kernels, const Images& images, const void* x,
+                const std::vector<Weights>& weights, const void* saved, const float* statistics,
+                const void* dy, void* dx, const std::vector<Gradients>& gradients,
                 int threads) const;
-  // `pooled`: y is [images][out], the means over the positions; the last unit is not depthwise.
-  void infer(const Kernels& kernels, const Images& images, const float* x,
-             const std::vector<Weights>& weights, const std::vector<Moments>& moments, float* y,
+  // `pooled`: y is [images][out] in float32, the means over the positions; the last unit is not depthwise.
+  void infer(const Kernels& kernels, const Images& images, const void* x,
+             const std::vector<Weights>& weights, const std::vector<Moments>& moments, void* y,
              bool pooled, int threads) const;
 
  private:

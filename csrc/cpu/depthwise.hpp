@@ -17,9 +17,12 @@ inline int64_t depthwise_scratch(const Geometry& g) {
 }
 
 // Ask for a line's vectors: they lie too far apart for the hardware to foresee.
-inline void prefetch_line(const float* from, int64_t row, int64_t width, int vectors) {
+template <class T>
+inline void prefetch_line(const T* from, int64_t row, int64_t width, int vectors) {
   for (int64_t i = 0; i < width; ++i) {
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(from + i * row + v * kLanes);
+    const char* line = reinterpret_cast<const char*>(from + i * row);
+    const char* stop = reinterpret_cast<const char*>(from + i * row + vectors * kLanes);
+    for (; line < stop; line += 64) __builtin_prefetch(line);
   }
 }
 
@@ -28,7 +31,7 @@ inline void clear_line(Vec* line, int64_t count) {
 }
 
 // Some vectors of channels of x and the prologue's coefficients for them.
-template <int Group>
+template <class T, int Group>
 struct Reader {
   Source x;
   bool affine, relu_after;
@@ -59,7 +62,7 @@ struct Reader {
       for (int v = 0; v < vectors; ++v) clear_line(to + v * plane, padded);
       return;
     }
-    const float* from = x.data + (image * g.height + y) * g.width * x.row + channel * x.step;
+    const T* from = row_of<T>(x, (image * g.height + y) * g.width) + channel * x.step;
     if (y + 1 < g.height && x.step == 1) {
       prefetch_line(from + g.width * x.row, x.row, g.width, vectors);
     }
@@ -67,7 +70,7 @@ struct Reader {
       Vec* here = to + v * plane;
       for (int64_t i = 0; i < pad; ++i) here[i] = here[padded - 1 - i] = Vec{};
       here += pad;
-      const float* source = from + v * kLanes * x.step;
+      const T* source = from + v * kLanes * x.step;
       if (count(v) == kLanes && x.step == 1) {
         copy<true>(source, g.width, here, v);
       } else {
@@ -78,12 +81,12 @@ struct Reader {
 
  private:
   template <bool Whole>
-  Vec read(const float* from, int v) const {
+  Vec read(const T* from, int v) const {
     return Whole ? load(from) : gather(from, x.step, 0, count(v));
   }
 
   template <bool Whole>
-  void copy(const float* source, int64_t width, Vec* to, int v) const {
+  void copy(const T* source, int64_t width, Vec* to, int v) const {
     const Vec by = scale[v], plus = shift[v];
     if (affine && relu_after) {
       for (int64_t i = 0; i < width; ++i) to[i] = relu(by * read<Whole>(source + i * x.row, v) + plus);
@@ -132,7 +135,7 @@ inline void convolve(const Vec* const* lines, const Vec* weight, int64_t width, 
   convolve_part<Kernel, Stride, 1>(lines, weight, x, width, to);
 }
 
-template <int Kernel, int Stride>
+template <class T, int Kernel, int Stride>
 void depthwise_forward_of(const Forward& task, float* scratch) {
   const Geometry& g = task.geometry;
   constexpr int64_t kPad = Kernel / 2;
@@ -145,7 +148,7 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
   for (int64_t image = task.first_image; image < task.stop_image; ++image) {
     for (int group = 0; group < total; group += kForwardGroup) {
       const int vectors = total - group < kForwardGroup ? total - group : kForwardGroup;
-      const Reader<kForwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
+      const Reader<T, kForwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
       Vec shift[kForwardGroup] = {}, sum[kForwardGroup] = {}, square[kForwardGroup] = {};
       bool started = image != task.first_image;
       if (task.sums && started) {
@@ -169,7 +172,7 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
           convolve<Kernel, Stride>(
               lines, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
               g.out_width, line);
-          float* to = task.y.data + row * task.y.row + c;
+          T* to = row_of<T>(task.y, row) + c;
           if (task.sums) {
             if (!started) {
               // A line's mean: its first value, at a corner, may lie far off.
@@ -180,29 +183,24 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
             }
             Vec own = {}, own_square = {};
             for (int64_t x = 0; x < g.out_width; ++x) {
-              const Vec d = line[x] - shift[v];
+              const Vec value = stored<T>(line[x]);
+              const Vec d = value - shift[v];
               own += d;
               own_square += d * d;
+              store_some(to + x * task.y.row, value, count);
             }
             sum[v] += own;
             square[v] += own_square;
+            continue;
           }
-          if (affine || task.epilogue.relu) {
-            const Vec scale = affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f);
-            const Vec move = affine ? load_some(task.epilogue.shift + c, count) : Vec{};
-            for (int64_t x = 0; x < g.out_width; ++x) {
-              const Vec value = scale * line[x] + move;
-              line[x] = task.epilogue.relu ? relu(value) : value;
-            }
-          }
-          if (residual.data) {
-            const float* from = residual.data + row * residual.row + c;
-            for (int64_t x = 0; x < g.out_width; ++x) {
-              line[x] += load_some(from + x * residual.row, count);
-            }
-          }
+          const Vec scale = affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f);
+          const Vec move = affine ? load_some(task.epilogue.shift + c, count) : Vec{};
+          const T* from = residual.data ? row_of<T>(residual, row) + c : nullptr;
           for (int64_t x = 0; x < g.out_width; ++x) {
-            store_some(to + x * task.y.row, line[x], count);
+            Vec value = scale * line[x] + move;
+            if (task.epilogue.relu) value = relu(value);
+            if (from) value += load_some(from + x * residual.row, count);
+            store_some(to + x * task.y.row, value, count);
           }
         }
         started = true;
@@ -261,6 +259,7 @@ inline void all_weight_gradients(const Vec* const* input, const Vec* draw, int64
 
 // Some vectors of channels of d raw, at the positions of the input it was computed from, zeros
 // between.
+template <class T>
 struct RawGradientReader {
   const Backward& task;
   int vectors, last;
@@ -301,8 +300,8 @@ struct RawGradientReader {
     }
     if (empty) return;
     const int64_t row = (image * g.out_height + y / Stride) * g.out_width;
-    const float* raw = task.raw.data + row * task.raw.row + channel;
-    const float* gradient = task.gradient.data + row * task.gradient.row + channel;
+    const T* raw = row_of<T>(task.raw, row) + channel;
+    const T* gradient = row_of<T>(task.gradient, row) + channel;
     if (y / Stride + 1 < g.out_height) {
       prefetch_line(raw + g.out_width * task.raw.row, task.raw.row, g.out_width, vectors);
       prefetch_line(gradient + g.out_width * task.gradient.row, task.gradient.row, g.out_width,
@@ -321,7 +320,7 @@ struct RawGradientReader {
   }
 };
 
-template <int Kernel, int Stride>
+template <class T, int Kernel, int Stride>
 void depthwise_backward_of(const Backward& task, float* scratch) {
   const Geometry& g = task.geometry;
   constexpr int64_t kPad = Kernel / 2;
@@ -333,8 +332,8 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
   for (int64_t image = task.first_image; image < task.stop_image; ++image) {
     for (int group = 0; group < total; group += kBackwardGroup) {
       const int vectors = total - group < kBackwardGroup ? total - group : kBackwardGroup;
-      const Reader<kBackwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
-      const RawGradientReader draw_reader(task, group * kLanes, vectors);
+      const Reader<T, kBackwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
+      const RawGradientReader<T> draw_reader(task, group * kLanes, vectors);
       Vec taps[kBackwardGroup][Kernel * Kernel] = {};
       Vec sum[kBackwardGroup] = {}, product[kBackwardGroup] = {};
       int64_t read = 0;  // padded lines in both rings so far
@@ -342,7 +341,7 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
         for (; read < y + Kernel; ++read) {
           const int64_t at = read % Kernel * padded;
           reader.line(g, image, read - kPad, inputs + at, plane);
-          draw_reader.line<Kernel, Stride>(image, read - kPad, draws + at, plane);
+          draw_reader.template line<Kernel, Stride>(image, read - kPad, draws + at, plane);
         }
         const bool starts = y % Stride == 0 && y / Stride < g.out_height;
         const int64_t row = (image * g.height + y) * g.width;
@@ -362,31 +361,25 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
           convolve<Kernel, 1>(
               draw, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
               g.width, line);
-          if (task.prologue.relu) {
-            const Vec* active = input[kPad] + kPad;
-            for (int64_t x = 0; x < g.width; ++x) line[x] = keep_positive(line[x], active[x]);
-          }
-          if (task.sums) {
-            const Vec mean = load_some(task.x_mean + c, count);
-            const float* from = task.x.data + row * task.x.row + c * task.x.step;
-            Vec own = {}, own_product = {};
-            for (int64_t x = 0; x < g.width; ++x) {
-              own += line[x];
-              own_product += line[x] * (gather(from + x * task.x.row, task.x.step, 0, count) - mean);
-            }
-            sum[v] += own;
-            product[v] += own_product;
-          }
-          if (task.add.data) {
-            const float* from = task.add.data + row * task.add.row + c;
-            for (int64_t x = 0; x < g.width; ++x) {
-              line[x] += load_some(from + x * task.add.row, count);
-            }
-          }
-          float* to = task.dx.data + row * task.dx.row;
+          const Vec* active = task.prologue.relu ? input[kPad] + kPad : nullptr;
+          const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
+          const T* from = row_of<T>(task.x, row) + c * task.x.step;
+          const T* add = task.add.data ? row_of<T>(task.add, row) + c : nullptr;
+          T* to = row_of<T>(task.dx, row);
+          Vec own = {}, own_product = {};
           for (int64_t x = 0; x < g.width; ++x) {
-            scatter(to + x * task.dx.row, task.dx.step, c, line[x], count);
+            Vec value = line[x];
+            if (active) value = keep_positive(value, active[x]);
+            if (task.sums) {
+              value = stored<T>(value);
+              own += value;
+              own_product += value * (gather(from + x * task.x.row, task.x.step, 0, count) - mean);
+            }
+            if (add) value += load_some(add + x * task.add.row, count);
+            scatter(to + x * task.dx.row, task.dx.step, c, value, count);
           }
+          sum[v] += own;
+          product[v] += own_product;
         }
       }
       for (int v = 0; v < vectors; ++v) {
@@ -405,22 +398,24 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
   }
 }
 
+template <class T>
 void depthwise_forward(const Forward& task, float* scratch) {
   const int key = task.geometry.kernel * 10 + task.geometry.stride;
-  if (key == 31) return depthwise_forward_of<3, 1>(task, scratch);
-  if (key == 32) return depthwise_forward_of<3, 2>(task, scratch);
-  if (key == 51) return depthwise_forward_of<5, 1>(task, scratch);
-  if (key == 52) return depthwise_forward_of<5, 2>(task, scratch);
-  if (key == 71) return depthwise_forward_of<7, 1>(task, scratch);
-  if (key == 72) return depthwise_forward_of<7, 2>(task, scratch);
+  if (key == 31) return depthwise_forward_of<T, 3, 1>(task, scratch);
+  if (key == 32) return depthwise_forward_of<T, 3, 2>(task, scratch);
+  if (key == 51) return depthwise_forward_of<T, 5, 1>(task, scratch);
+  if (key == 52) return depthwise_forward_of<T, 5, 2>(task, scratch);
+  if (key == 71) return depthwise_forward_of<T, 7, 1>(task, scratch);
+  if (key == 72) return depthwise_forward_of<T, 7, 2>(task, scratch);
 }
 
+template <class T>
 void depthwise_backward(const Backward& task, float* scratch) {
   const int key = task.geometry.kernel * 10 + task.geometry.stride;
-  if (key == 31) return depthwise_backward_of<3, 1>(task, scratch);
-  if (key == 32) return depthwise_backward_of<3, 2>(task, scratch);
-  if (key == 51) return depthwise_backward_of<5, 1>(task, scratch);
-  if (key == 52) return depthwise_backward_of<5, 2>(task, scratch);
-  if (key == 71) return depthwise_backward_of<7, 1>(task, scratch);
-  if (key == 72) return depthwise_backward_of<7, 2>(task, scratch);
+  if (key == 31) return depthwise_backward_of<T, 3, 1>(task, scratch);
+  if (key == 32) return depthwise_backward_of<T, 3, 2>(task, scratch);
+  if (key == 51) return depthwise_backward_of<T, 5, 1>(task, scratch);
+  if (key == 52) return depthwise_backward_of<T, 5, 2>(task, scratch);
+  if (key == 71) return depthwise_backward_of<T, 7, 1>(task, scratch);
+  if (key == 72) return depthwise_backward_of<T, 7, 2>(task, scratch);
 }

@@ -1,12 +1,20 @@
 // What one instruction set offers: plain structs and a table of functions, nothing inline.
 //
-// Tensors are float32 rows of channels, one row per position (NHWC). A task covers the images
-// [first_image, stop_image); every sum it makes goes to memory of its own.
+// Tensors are rows of channels, one row per position (NHWC), all of one task of one element type;
+// weights, coefficients, moments and weight gradients are float32. A task covers the images
+// [first_image, stop_image); every sum it makes goes to memory of its own. Moments are those of the
+// values as they are stored.
 #pragma once
 
 #include <cstdint>
 
 namespace fastshift::cpu {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+enum Element { kFloat32, kBfloat16, kElements };
 
 struct Geometry {
   int64_t height, width, out_height, out_width;
@@ -21,13 +29,13 @@ struct Affine {
   bool relu;
 };
 
-// Channel c of position p is data[p * row + c * step].
+// Channel c of position p is element p * row + c * step.
 struct Source {
-  const float* data;
+  const void* data;
   int64_t row, step;
 };
 struct Target {
-  float* data;
+  void* data;
   int64_t row, step;
 };
 
@@ -40,7 +48,7 @@ struct Forward {
   Target y;             // step 1; unused where pooled
   Affine epilogue;      // of y
   Source residual;      // added after the epilogue; null: none
-  float* pooled;        // [images][out]: means over the positions, in place of y; or null
+  float* pooled;        // [images][out], float32: means over the positions, in place of y; or null
   double* sums;         // [3][out]: a shift, and the sums of (y - shift) and of its square; or null
 };
 
@@ -94,12 +102,13 @@ struct Kernels {
   int64_t (*packed_depthwise)(int64_t channels, int kernel);
   void (*pack_depthwise)(const float* weight, int64_t channels, int kernel, bool forward, float* to);
   int64_t (*scratch)(const Geometry& geometry, bool depthwise);  // floats
-  void (*product_forward)(const Forward& task, float* scratch);
-  void (*depthwise_forward)(const Forward& task, float* scratch);
-  void (*product_backward)(const Backward& task, float* scratch);
-  void (*depthwise_backward)(const Backward& task, float* scratch);
-  void (*apply)(const Apply& task);
-  void (*reduce)(const Reduce& task);
+  // By element type.
+  void (*product_forward[kElements])(const Forward& task, float* scratch);
+  void (*depthwise_forward[kElements])(const Forward& task, float* scratch);
+  void (*product_backward[kElements])(const Backward& task, float* scratch);
+  void (*depthwise_backward[kElements])(const Backward& task, float* scratch);
+  void (*apply[kElements])(const Apply& task);
+  void (*reduce[kElements])(const Reduce& task);
 };
 
 }  // namespace fastshift::cpu

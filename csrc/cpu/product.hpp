@@ -2,7 +2,7 @@
 // reads, for each output, the inputs under its kernel: rows of [tap][channel]. Included once per
 // instruction set.
 
-constexpr int64_t kChunkFloats = 48 * 1024;  // of a chunk's rows, within the second-level cache
+constexpr int64_t kChunkFloats = 96 * 1024;  // of a chunk's rows, within the second-level cache
 
 // Inputs of one output.
 inline int64_t depth(const Geometry& g) { return g.in_channels * g.kernel * g.kernel; }
@@ -11,6 +11,13 @@ inline int64_t chunk_rows(const Geometry& geometry) {
   int64_t rows = kChunkFloats / (depth(geometry) + geometry.out_channels);
   rows = rows < 2 * kTileRows ? 2 * kTileRows : rows > 16 * kTileRows ? 16 * kTileRows : rows;
   return rows / kTileRows * kTileRows;
+}
+
+inline int64_t product_scratch(const Geometry& g) {
+  const bool scattered = g.stride > 1 || g.kernel > 1;
+  const int64_t rows_of_dx = scattered ? chunk_rows(g) * depth(g) : 0;
+  return chunk_rows(g) * (g.out_channels + depth(g) + kPanel) + rows_of_dx +
+         (scattered ? g.height * g.width * g.in_channels : 0);
 }
 
 // Position in the input of output row `row`.
@@ -39,6 +46,7 @@ inline void for_taps(const Geometry& g, int64_t row, const Use& use) {
   }
 }
 
+template <class T>
 struct ReadTap {
   const Geometry& g;
   const Source& x;
@@ -50,59 +58,43 @@ struct ReadTap {
       for (int64_t c = 0; c < g.in_channels; ++c) here[c] = 0.0f;
       return;
     }
-    const float* from = x.data + row * x.row;
+    const T* from = row_of<T>(x, row);
     for (int64_t c = 0; c < g.in_channels; ++c) {
-      float value = from[c * x.step];
+      float value = value_of(from[c * x.step]);
       if (prologue.scale) value = prologue.scale[c] * value + prologue.shift[c];
       here[c] = prologue.relu && value < 0.0f ? 0.0f : value;
     }
   }
 };
 
+// Adds to the rows [position][channel] of one image.
 struct AddTap {
   const Geometry& g;
-  const Target& dx;
+  int64_t first_position;
   const float* from;
+  float* dx;
   void operator()(int tap, int64_t row) const {
     if (row < 0) return;
-    float* to = dx.data + row * dx.row;
+    float* to = dx + (row - first_position) * g.in_channels;
     const float* here = from + tap * g.in_channels;
-    for (int64_t c = 0; c < g.in_channels; ++c) to[c * dx.step] += here[c];
+    for (int64_t c = 0; c < g.in_channels; ++c) to[c] += here[c];
   }
 };
 
 // The prologue of rows [first, first + rows) into packed rows of `to`.
+template <class T>
 inline void read_rows(const Geometry& geometry, const Source& x, const Affine& prologue,
                       int64_t first, int64_t rows, float* to) {
   const int64_t channels = geometry.in_channels;
-  if (geometry.kernel > 1) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for_taps(geometry, first + row, ReadTap{geometry, x, prologue, to + row * depth(geometry)});
+  for (int64_t row = first; row < first + rows; ++row, to += depth(geometry)) {
+    if (geometry.kernel > 1) {
+      for_taps(geometry, row, ReadTap<T>{geometry, x, prologue, to});
+      continue;
     }
-    return;
-  }
-  if (x.step == 1 && geometry.stride == 1) {
+    const T* from = row_of<T>(x, source_row(geometry, row));
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int count = lanes_left(channels, c);
-      const float* from = x.data + first * x.row + c;
-      const bool affine = prologue.scale != nullptr;
-      const Vec scale = affine ? load_some(prologue.scale + c, count) : splat(1.0f);
-      const Vec shift = affine ? load_some(prologue.shift + c, count) : Vec{};
-      for (int64_t row = 0; row < rows; ++row) {
-        Vec value = load_some(from + row * x.row, count);
-        if (affine) value = scale * value + shift;
-        if (prologue.relu) value = relu(value);
-        store_some(to + row * channels + c, value, count);
-      }
-    }
-    return;
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = x.data + source_row(geometry, first + row) * x.row;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const int count = lanes_left(channels, c);
-      const Vec value = apply_affine(gather(from, x.step, c, count), prologue, c, count);
-      store_some(to + row * channels + c, value, count);
+      store_some(to + c, apply_affine(gather(from, x.step, c, count), prologue, c, count), count);
     }
   }
 }
@@ -111,6 +103,175 @@ inline bool reads_directly(const Geometry& geometry, const Source& x, const Affi
   return !prologue.scale && !prologue.relu && x.step == 1 && geometry.stride == 1 &&
          geometry.kernel == 1;
 }
+
+// Rows of x that a later chunk reads.
+template <class T>
+inline void look_ahead(Ahead& ahead, int index, const Source& x, int64_t first, int64_t stop) {
+  if (x.data && first < stop) ahead.add(index, row_of<T>(x, first), (stop - first - 1) * x.row);
+}
+
+// What a panel does with its sums, in registers. `counts`: channels of each of its vectors.
+struct Columns {
+  int counts[kTileVectors];
+  Columns(int64_t channels, int64_t column) {
+    for (int v = 0; v < kTileVectors; ++v) counts[v] = lanes_left(channels, column + v * kLanes);
+  }
+};
+
+struct StoreRows : Columns {
+  float* to;
+  int64_t to_row;
+  StoreRows(int64_t channels, int64_t column, float* to, int64_t to_row)
+      : Columns(channels, column), to(to), to_row(to_row) {}
+
+  template <int Rows, int Vectors>
+  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        store_some(to + (row + r) * to_row + v * kLanes, sum[r][v], counts[v]);
+      }
+    }
+  }
+};
+
+// Training: the raw output, and the sums of what was stored.
+template <class T>
+struct StoreSums : Columns {
+  T* to;
+  int64_t to_row;
+  Vec shift[kTileVectors] = {}, total[kTileVectors] = {}, squares[kTileVectors] = {};
+  StoreSums(int64_t channels, int64_t column, T* to, int64_t to_row)
+      : Columns(channels, column), to(to), to_row(to_row) {}
+
+  template <int Rows, int Vectors>
+  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
+    Vec own[Vectors] = {}, own_squares[Vectors] = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const Vec value = stored<T>(sum[r][v]);
+        store_some(to + (row + r) * to_row + v * kLanes, value, counts[v]);
+        const Vec d = value - shift[v];
+        own[v] += d;
+        own_squares[v] += d * d;
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      total[v] += own[v];
+      squares[v] += own_squares[v];
+    }
+  }
+};
+
+// Inference: the folded batch norm, activation and residual.
+template <class T>
+struct StoreAffine : Columns {
+  T* to;
+  int64_t to_row;
+  const T* residual;
+  int64_t residual_row;
+  Vec scale[kTileVectors], move[kTileVectors];
+  bool cut;
+  StoreAffine(const Forward& task, int64_t column, T* to, int64_t to_row, int64_t first)
+      : Columns(task.geometry.out_channels, column),
+        to(to),
+        to_row(to_row),
+        residual(task.residual.data ? row_of<T>(task.residual, first) + column : nullptr),
+        residual_row(task.residual.row),
+        cut(task.epilogue.relu) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      const bool affine = task.epilogue.scale && counts[v] > 0;
+      const int64_t c = column + v * kLanes;
+      scale[v] = affine ? load_some(task.epilogue.scale + c, counts[v]) : splat(1.0f);
+      move[v] = affine ? load_some(task.epilogue.shift + c, counts[v]) : Vec{};
+    }
+  }
+
+  template <int Rows, int Vectors>
+  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        Vec value = scale[v] * sum[r][v] + move[v];
+        if (cut) value = relu(value);
+        if (residual) {
+          value += load_some(residual + (row + r) * residual_row + v * kLanes, counts[v]);
+        }
+        store_some(to + (row + r) * to_row + v * kLanes, value, counts[v]);
+      }
+    }
+  }
+};
+
+// The gradient of x: mask, sums and `add`. `active`: packed rows of what the prologue gave.
+template <class T>
+struct StoreGradient : Columns {
+  const Backward& task;
+  int64_t first, column;
+  const float* active;
+  int64_t active_row;
+  const T* x;
+  const T* add;
+  T* to;
+  Vec mean[kTileVectors], total[kTileVectors] = {}, products[kTileVectors] = {};
+  StoreGradient(const Backward& task, int64_t first, int64_t column, const float* active,
+                int64_t active_row)
+      : Columns(task.geometry.in_channels, column),
+        task(task),
+        first(first),
+        column(column),
+        active(task.prologue.relu ? active + column : nullptr),
+        active_row(active_row),
+        x(row_of<T>(task.x, first) + column),
+        add(task.add.data ? row_of<T>(task.add, first) + column : nullptr),
+        to(row_of<T>(task.dx, first) + column * task.dx.step) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      const bool sums = task.sums && counts[v] > 0;
+      mean[v] = sums ? load_some(task.x_mean + column + v * kLanes, counts[v]) : Vec{};
+    }
+  }
+
+  template <int Rows, int Vectors>
+  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
+    Vec own[Vectors] = {}, own_products[Vectors] = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = row + r, c = v * kLanes;
+        Vec value = sum[r][v];
+        if (active) {
+          value = keep_positive(value, load_some(active + at * active_row + c, counts[v]));
+        }
+        if (task.sums) {
+          value = stored<T>(value);
+          own[v] += value;
+          own_products[v] += value * (load_some(x + at * task.x.row + c, counts[v]) - mean[v]);
+        }
+        if (add) value += load_some(add + at * task.add.row + c, counts[v]);
+        scatter(to + at * task.dx.row, task.dx.step, c, value, counts[v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      total[v] += own[v];
+      products[v] += own_products[v];
+    }
+  }
+
+  void add_sums() const {
+    for (int v = 0; task.sums && v < kTileVectors && counts[v] > 0; ++v) {
+      double* sums = task.sums + column + v * kLanes;
+      add_lanes(sums, total[v], counts[v]);
+      add_lanes(sums + task.geometry.in_channels, products[v], counts[v]);
+    }
+  }
+};
 
 // Adds rows [first, first + rows) of a column of vectors to the means of their images.
 inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const float* from,
@@ -132,188 +293,172 @@ inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const fl
   }
 }
 
+// A mean of some rows, of what will be stored: a single one may lie far off.
+inline void start_sums(const Forward& task, int64_t rows, const float* a, int64_t a_row,
+                       const float* panel, int64_t column) {
+  alignas(64) float some[kTileRows * kPanel];
+  const int64_t out = task.geometry.out_channels;
+  const int columns = static_cast<int>(out - column < kPanel ? out - column : kPanel);
+  rows = rows < kTileRows ? rows : kTileRows;
+  StoreRows store(out, column, some, kPanel);
+  Ahead nothing;
+  panel_product(rows, depth(task.geometry), a, a_row, panel, columns, store, nothing);
+  for (int c = 0; c < columns; ++c) {
+    float sum = 0.0f;
+    for (int64_t row = 0; row < rows; ++row) sum += some[row * kPanel + c];
+    task.sums[column + c] = sum / static_cast<float>(rows);
+  }
+}
+
+template <class T>
 void product_forward(const Forward& task, float* scratch) {
   const Geometry& g = task.geometry;
   const int64_t per_image = g.out_height * g.out_width;
   const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
-  const int64_t chunk = chunk_rows(g);
-  const bool direct = reads_directly(g, task.x, task.prologue);
-  const int64_t out = g.out_channels;
-  const bool affine = task.epilogue.scale != nullptr;
-  const int64_t in = depth(g);
+  const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
+  const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
+  const bool streams = g.kernel == 1 && g.stride == 1;
+  const int64_t panels = round_up(out, kPanel) / kPanel;
   float* const columns_of_y = scratch + chunk * in;
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = end - first < chunk ? end - first : chunk;
     const float* a = scratch;
     int64_t a_row = in;
     if (direct) {
-      a = task.x.data + first * task.x.row;
+      a = reinterpret_cast<const float*>(row_of<T>(task.x, first));
       a_row = task.x.row;
     } else {
-      read_rows(g, task.x, task.prologue, first, rows, scratch);
+      read_rows<T>(g, task.x, task.prologue, first, rows, scratch);
     }
+    Ahead ahead;
+    const int64_t next = first + rows, stop = next + chunk < end ? next + chunk : end;
+    if (streams) look_ahead<T>(ahead, 0, task.x, next, stop);
+    look_ahead<T>(ahead, 1, task.residual, next, stop);
+    ahead.divide((rows / kTileRows + 1) * panels);
     for (int64_t column = 0; column < out; column += kPanel) {
       const int columns = out - column < kPanel ? static_cast<int>(out - column) : kPanel;
-      float* y = task.pooled ? columns_of_y : task.y.data + first * task.y.row + column;
-      const int64_t y_row = task.pooled ? kPanel : task.y.row;
-      panel_product(rows, in, a, a_row, task.weight + column * in, y, y_row, columns);
-      for (int64_t c = column; c < column + columns; c += kLanes) {
-        const int count = lanes_left(column + columns, c);
-        float* here = y + c - column;
-        if (task.sums) {
-          if (first == begin) {
-            // A mean of some rows: a single one may lie far off.
-            const int64_t some = rows < kRunRows ? rows : kRunRows;
-            Vec start = {};
-            for (int64_t row = 0; row < some; ++row) start += load_some(here + row * y_row, count);
-            start = start * splat(1.0f / static_cast<float>(some));
-            for (int lane = 0; lane < count; ++lane) task.sums[c + lane] = start[lane];
-          }
-          Vec shift = {};
-          for (int lane = 0; lane < count; ++lane) {
-            shift[lane] = static_cast<float>(task.sums[c + lane]);
-          }
-          Vec sum = {}, square = {};
-          for (int64_t run = 0; run < rows; run += kRunRows) {
-            const int64_t run_stop = run + kRunRows < rows ? run + kRunRows : rows;
-            Vec own = {}, own_square = {};
-            for (int64_t row = run; row < run_stop; ++row) {
-              const Vec d = load_some(here + row * y_row, count) - shift;
-              own += d;
-              own_square += d * d;
-            }
-            sum += own;
-            square += own_square;
-          }
-          add_lanes(task.sums + out + c, sum, count);
-          add_lanes(task.sums + 2 * out + c, square, count);
+      const float* panel = task.weight + column * in;
+      if (task.sums) {
+        if (first == begin) start_sums(task, rows, a, a_row, panel, column);
+        StoreSums<T> store(out, column, row_of<T>(task.y, first) + column, task.y.row);
+        for (int c = 0; c < columns; ++c) {
+          store.shift[c / kLanes][c % kLanes] = static_cast<float>(task.sums[column + c]);
         }
-        if (affine || task.epilogue.relu || task.residual.data) {
-          const Vec scale = affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f);
-          const Vec move = affine ? load_some(task.epilogue.shift + c, count) : Vec{};
-          const float* residual =
-              task.residual.data ? task.residual.data + first * task.residual.row + c : nullptr;
-          for (int64_t row = 0; row < rows; ++row) {
-            Vec value = scale * load_some(here + row * y_row, count) + move;
-            if (task.epilogue.relu) value = relu(value);
-            if (residual) value += load_some(residual + row * task.residual.row, count);
-            store_some(here + row * y_row, value, count);
-          }
+        panel_product(rows, in, a, a_row, panel, columns, store, ahead);
+        for (int v = 0; v * kLanes < columns; ++v) {
+          double* sums = task.sums + out + column + v * kLanes;
+          add_lanes(sums, store.total[v], store.counts[v]);
+          add_lanes(sums + out, store.squares[v], store.counts[v]);
         }
-        if (task.pooled) pool_rows(task, first, rows, here, y_row, c, count);
+      } else if (task.pooled) {
+        StoreAffine<float> store(task, column, columns_of_y, kPanel, first);
+        panel_product(rows, in, a, a_row, panel, columns, store, ahead);
+        for (int v = 0; v * kLanes < columns; ++v) {
+          pool_rows(task, first, rows, columns_of_y + v * kLanes, kPanel, column + v * kLanes,
+                    store.counts[v]);
+        }
+      } else {
+        StoreAffine<T> store(task, column, row_of<T>(task.y, first) + column, task.y.row, first);
+        panel_product(rows, in, a, a_row, panel, columns, store, ahead);
       }
     }
   }
 }
 
-// Masks what was added up in dx, and adds its sums and `add`.
-inline void finish_scattered(const Backward& task) {
+// One image's gradient of x, added up in rows [position][channel]: mask, sums and `add`.
+template <class T>
+inline void finish_scattered(const Backward& task, int64_t image, const float* dx) {
   const Geometry& g = task.geometry;
   const int64_t positions = g.height * g.width, in = g.in_channels;
-  for (int64_t image = task.first_image; image < task.stop_image; ++image) {
-    for (int64_t c = 0; c < in; c += kLanes) {
-      const int count = lanes_left(in, c);
-      const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
-      Vec sum = {}, product = {};
-      for (int64_t row = image * positions; row < (image + 1) * positions; ++row) {
-        float* to = task.dx.data + row * task.dx.row;
-        Vec value = gather(to, task.dx.step, c, count);
-        if (task.prologue.relu || task.sums) {
-          const Vec x = gather(task.x.data + row * task.x.row, task.x.step, c, count);
-          if (task.prologue.relu) {
-            value = keep_positive(value, apply_affine(x, task.prologue, c, count));
-          }
-          sum += value;
-          product += value * (x - mean);
-        }
-        if (task.add.data) value += load_some(task.add.data + row * task.add.row + c, count);
-        scatter(to, task.dx.step, c, value, count);
-      }
-      if (task.sums) {
-        add_lanes(task.sums + c, sum, count);
-        add_lanes(task.sums + in + c, product, count);
-      }
-    }
-  }
-}
-
-// What follows the product for dx where each of its rows is one row of dx: mask, sums, `add`.
-inline void finish_rows(const Backward& task, int64_t first, int64_t rows, const float* a,
-                        int64_t a_row, float* dx, int64_t dx_row, int64_t c, int count) {
-  if (task.prologue.relu) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Vec value = load_some(dx + row * dx_row, count);
-      store_some(dx + row * dx_row, keep_positive(value, load_some(a + row * a_row + c, count)),
-                 count);
-    }
-  }
-  if (task.sums) {
-    const Vec mean = load_some(task.x_mean + c, count);
-    const float* x = task.x.data + first * task.x.row + c;
+  for (int64_t c = 0; c < in; c += kLanes) {
+    const int count = lanes_left(in, c);
+    const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
     Vec sum = {}, product = {};
-    for (int64_t row = 0; row < rows; ++row) {
-      const Vec value = load_some(dx + row * dx_row, count);
-      sum += value;
-      product += value * (load_some(x + row * task.x.row, count) - mean);
+    for (int64_t position = 0; position < positions; ++position) {
+      const int64_t row = image * positions + position;
+      Vec value = load_some(dx + position * in + c, count);
+      if (task.prologue.relu || task.sums) {
+        const Vec x = gather(row_of<T>(task.x, row), task.x.step, c, count);
+        if (task.prologue.relu) {
+          value = keep_positive(value, apply_affine(x, task.prologue, c, count));
+        }
+        value = stored<T>(value);
+        sum += value;
+        product += value * (x - mean);
+      }
+      if (task.add.data) value += load_some(row_of<T>(task.add, row) + c, count);
+      scatter(row_of<T>(task.dx, row), task.dx.step, c, value, count);
     }
-    add_lanes(task.sums + c, sum, count);
-    add_lanes(task.sums + task.geometry.in_channels + c, product, count);
-  }
-  const float* add = task.add.data ? task.add.data + first * task.add.row + c : nullptr;
-  float* to = task.dx.data + first * task.dx.row;
-  for (int64_t row = 0; row < rows; ++row) {
-    Vec value = load_some(dx + row * dx_row, count);
-    if (add) value += load_some(add + row * task.add.row, count);
-    scatter(to + row * task.dx.row, task.dx.step, c, value, count);
+    if (task.sums) {
+      add_lanes(task.sums + c, sum, count);
+      add_lanes(task.sums + in + c, product, count);
+    }
   }
 }
 
-void product_backward(const Backward& task, float* scratch) {
+// Rows [begin, end) of outputs; `scattered`: where one image's gradient of x is added up, or null.
+template <class T>
+inline void product_backward_rows(const Backward& task, int64_t begin, int64_t end, float* scratch,
+                                  float* scattered, int64_t first_position) {
   const Geometry& g = task.geometry;
-  const int64_t per_image = g.out_height * g.out_width;
-  const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
-  const int64_t chunk = chunk_rows(g);
-  const bool direct = reads_directly(g, task.x, task.prologue);
-  const bool scattered = g.stride > 1 || g.kernel > 1;
-  const int64_t in = depth(g), out = g.out_channels;
+  const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
+  const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
+  const int64_t panels = round_up(in, kPanel) / kPanel;
   float* draw = scratch;
   float* rows_of_x = draw + chunk * out;
   float* rows_of_dx = rows_of_x + chunk * in;
-  if (task.dx.data && scattered) {
-    const int64_t positions = g.height * g.width;
-    for (int64_t row = task.first_image * positions; row < task.stop_image * positions; ++row) {
-      float* to = task.dx.data + row * task.dx.row;
-      for (int64_t c = 0; c < g.in_channels; ++c) to[c * task.dx.step] = 0.0f;
-    }
-  }
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = end - first < chunk ? end - first : chunk;
     const float* a = rows_of_x;
     int64_t a_row = in;
     if (direct) {
-      a = task.x.data + first * task.x.row;
+      a = reinterpret_cast<const float*>(row_of<T>(task.x, first));
       a_row = task.x.row;
     } else {
-      read_rows(g, task.x, task.prologue, first, rows, rows_of_x);
+      read_rows<T>(g, task.x, task.prologue, first, rows, rows_of_x);
     }
-    norm_backward(rows, out, task.raw.data + first * task.raw.row, task.raw.row,
-                  task.gradient.data + first * task.gradient.row, task.gradient.row,
-                  task.activation, task.norm, draw);
-    outer_product(rows, out, in, draw, out, a, a_row, task.dweight, in);
+    norm_backward<T>(task, first, rows, draw);
+    Ahead ahead;
+    const int64_t next = first + rows, stop = next + chunk < end ? next + chunk : end;
+    look_ahead<T>(ahead, 0, task.raw, next, stop);
+    look_ahead<T>(ahead, 1, task.gradient, next, stop);
+    if (g.kernel == 1 && g.stride == 1) look_ahead<T>(ahead, 2, task.x, next, stop);
+    ahead.divide((out / kTileRows + (task.dx.data ? rows / kTileRows : 0)) * panels);
+    outer_product(rows, out, in, draw, out, a, a_row, task.dweight, in, ahead);
     if (!task.dx.data) continue;
     for (int64_t column = 0; column < in; column += kPanel) {
       const int columns = in - column < kPanel ? static_cast<int>(in - column) : kPanel;
-      panel_product(rows, out, draw, out, task.weight + column * out, rows_of_dx + column, in,
-                    columns);
-      for (int64_t c = column; !scattered && c < column + columns; c += kLanes) {
-        finish_rows(task, first, rows, a, a_row, rows_of_dx + c, in, c,
-                    lanes_left(column + columns, c));
+      const float* panel = task.weight + column * out;
+      if (scattered) {
+        StoreRows store(in, column, rows_of_dx + column, in);
+        panel_product(rows, out, draw, out, panel, columns, store, ahead);
+      } else {
+        StoreGradient<T> store(task, first, column, a, a_row);
+        panel_product(rows, out, draw, out, panel, columns, store, ahead);
+        store.add_sums();
       }
     }
     for (int64_t row = 0; scattered && row < rows; ++row) {
-      const AddTap add{g, task.dx, rows_of_dx + row * in};
+      const AddTap add{g, first_position, rows_of_dx + row * in, scattered};
       for_taps(g, first + row, add);
     }
   }
-  if (task.dx.data && scattered) finish_scattered(task);
+}
+
+template <class T>
+void product_backward(const Backward& task, float* scratch) {
+  const Geometry& g = task.geometry;
+  const int64_t per_image = g.out_height * g.out_width, positions = g.height * g.width;
+  if (!task.dx.data || (g.stride == 1 && g.kernel == 1)) {
+    product_backward_rows<T>(task, task.first_image * per_image, task.stop_image * per_image,
+                             scratch, nullptr, 0);
+    return;
+  }
+  float* dx = scratch + product_scratch(g) - positions * g.in_channels;
+  for (int64_t image = task.first_image; image < task.stop_image; ++image) {
+    for (int64_t i = 0; i < positions * g.in_channels; ++i) dx[i] = 0.0f;
+    product_backward_rows<T>(task, image * per_image, (image + 1) * per_image, scratch, dx,
+                             image * positions);
+    finish_scattered<T>(task, image, dx);
+  }
 }

@@ -38,11 +38,21 @@ void pack_depthwise(const float* weight, int64_t channels, int kernel, bool forw
 }
 
 int64_t scratch(const Geometry& g, bool depthwise) {
-  if (depthwise) return depthwise_scratch(g);
-  return chunk_rows(g) * (g.out_channels + 2 * depth(g) + kPanel);
+  return depthwise ? depthwise_scratch(g) : product_scratch(g);
 }
 
-const Kernels kTable = {FS_NAME,           kLanes,           packed_product, pack_product,
-                        packed_depthwise,  pack_depthwise,   scratch,          product_forward,
-                        depthwise_forward, product_backward, depthwise_backward, apply,
-                        reduce};
+#define FS_BOTH(kernel) {kernel<float>, kernel<Bf16>}
+
+const Kernels kTable = {FS_NAME,
+                        kLanes,
+                        packed_product,
+                        pack_product,
+                        packed_depthwise,
+                        pack_depthwise,
+                        scratch,
+                        FS_BOTH(product_forward),
+                        FS_BOTH(depthwise_forward),
+                        FS_BOTH(product_backward),
+                        FS_BOTH(depthwise_backward),
+                        FS_BOTH(apply),
+                        FS_BOTH(reduce)};

@@ -29,16 +29,114 @@ inline void store_part(float* to, Vec value, int count) {
 #endif
 }
 
-inline Vec load_some(const float* from, int count) {
+// bfloat16 is storage: it widens to float when read and is rounded to the nearest, ties to even, when
+// written. NaN stays NaN.
+typedef uint16_t Halves __attribute__((vector_size(2 * FS_LANES)));
+typedef uint16_t UnalignedHalves
+    __attribute__((vector_size(2 * FS_LANES), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * FS_LANES)));
+
+inline Vec widen(Halves x) { return (Vec)(__builtin_convertvector(x, Words) << 16); }
+inline Halves narrow(Vec x) {
+#if defined(FS_BF16)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words bits = (Words)x;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Halves);
+#endif
+}
+
+inline Vec load(const Bf16* from) { return widen(*reinterpret_cast<const UnalignedHalves*>(from)); }
+inline void store(Bf16* to, Vec value) {
+  *reinterpret_cast<UnalignedHalves*>(to) = narrow(value);
+}
+
+inline Vec load_part(const Bf16* from, int count) {
+#if FS_LANES == 16
+  return widen((Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1u), from));
+#else
+  Halves value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = from[lane].bits;
+  return widen(value);
+#endif
+}
+
+inline void store_part(Bf16* to, Vec value, int count) {
+#if FS_LANES == 16
+  _mm256_mask_storeu_epi16(to, (__mmask16)((1u << count) - 1u), (__m256i)narrow(value));
+#else
+  const Halves halves = narrow(value);
+  for (int lane = 0; lane < count; ++lane) to[lane].bits = halves[lane];
+#endif
+}
+
+// What a value is once it has been stored as a T.
+template <class T>
+inline Vec stored(Vec value) {
+  return value;
+}
+template <>
+inline Vec stored<Bf16>(Vec value) {
+  return widen(narrow(value));
+}
+
+template <class T>
+inline Vec load_some(const T* from, int count) {
   return count >= kLanes ? load(from) : load_part(from, count);
 }
-inline void store_some(float* to, Vec value, int count) {
+template <class T>
+inline void store_some(T* to, Vec value, int count) {
   if (count >= kLanes) {
     store(to, value);
   } else {
     store_part(to, value, count);
   }
 }
+
+// One value.
+inline float value_of(float x) { return x; }
+inline float value_of(Bf16 x) { return widen(Halves{} + x.bits)[0]; }
+inline void set_value(float* to, float value) { *to = value; }
+inline void set_value(Bf16* to, float value) { to->bits = narrow(splat(value))[0]; }
+
+// Every second value of a row, from[0], from[2] and so on; nothing beyond the last is touched.
+#if defined(__GNUC__) && !defined(__clang__)
+typedef int32_t Lanes __attribute__((vector_size(4 * FS_LANES)));
+
+template <class T>
+inline Vec load_alternate(const T* from) {
+  Lanes lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < kLanes / 2 ? 2 * i : 2 * i + 1;
+  return __builtin_shuffle(load(from), load(from + kLanes - 1), lanes);
+}
+
+template <class T>
+inline void store_alternate(T* to, Vec value) {
+  // Lanes of (what is there, value), for either half.
+  Lanes low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i % 2 ? i : kLanes + i / 2;
+    high[i] = i % 2 ? kLanes + kLanes / 2 + i / 2 : i;
+  }
+  store(to, __builtin_shuffle(load(to), value, low));
+  store(to + kLanes - 1, __builtin_shuffle(load(to + kLanes - 1), value, high));
+}
+#else
+template <class T>
+inline Vec load_alternate(const T* from) {
+  Vec value = {};
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = value_of(from[2 * lane]);
+  return value;
+}
+
+template <class T>
+inline void store_alternate(T* to, Vec value) {
+  for (int lane = 0; lane < kLanes; ++lane) set_value(to + 2 * lane, value[lane]);
+}
+#endif
 
 // NaN stays NaN, as in torch.
 inline Vec relu(Vec x) { return x < 0.0f ? Vec{} : x; }
