@@ -16,15 +16,32 @@ inline int64_t depthwise_scratch(const Geometry& g) {
   return ((forward > backward ? forward : backward) + padded_width(g)) * kLanes;
 }
 
-// Ask for a line's vectors: they lie too far apart for the hardware to foresee.
+// Asks for the vectors of a line that is read soon, in the order in which lines are read: they lie
+// too far apart for the hardware to foresee. x: `height` lines of `width` rows an image.
 template <class T>
-inline void prefetch_line(const T* from, int64_t row, int64_t width, int vectors) {
-  for (int64_t i = 0; i < width; ++i) {
-    const char* line = reinterpret_cast<const char*>(from + i * row);
-    const char* stop = reinterpret_cast<const char*>(from + i * row + vectors * kLanes);
-    for (; line < stop; line += 64) __builtin_prefetch(line);
+struct LineAhead {
+  Source x;
+  int64_t height, width, stop_image;
+  int total, group_size, distance;
+
+  void ask(int64_t image, int group, int64_t y) const {
+    y += distance;
+    while (y >= height) {
+      y -= height;
+      group += group_size;
+      if (group >= total) {
+        group = 0;
+        if (++image == stop_image) return;
+      }
+    }
+    const T* from = row_of<T>(x, (image * height + y) * width) + group * kLanes * x.step;
+    const int64_t bytes = group_size * kLanes * x.step * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < width; ++i, from += x.row) {
+      const char* line = reinterpret_cast<const char*>(from);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+    }
   }
-}
+};
 
 inline void clear_line(Vec* line, int64_t count) {
   for (int64_t i = 0; i < count; ++i) line[i] = Vec{};
@@ -63,9 +80,6 @@ struct Reader {
       return;
     }
     const T* from = row_of<T>(x, (image * g.height + y) * g.width) + channel * x.step;
-    if (y + 1 < g.height && x.step == 1) {
-      prefetch_line(from + g.width * x.row, x.row, g.width, vectors);
-    }
     for (int v = 0; v < vectors; ++v) {
       Vec* here = to + v * plane;
       for (int64_t i = 0; i < pad; ++i) here[i] = here[padded - 1 - i] = Vec{};
@@ -145,6 +159,8 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
   Vec* const ring = reinterpret_cast<Vec*>(scratch);
   Vec* const line = ring + kForwardGroup * plane;
   const int total = static_cast<int>(round_up(channels, kLanes) / kLanes);
+  const LineAhead<T> ahead{task.x, g.height, g.width, task.stop_image, total, kForwardGroup,
+                           Kernel / 2 + 2};
   for (int64_t image = task.first_image; image < task.stop_image; ++image) {
     for (int group = 0; group < total; group += kForwardGroup) {
       const int vectors = total - group < kForwardGroup ? total - group : kForwardGroup;
@@ -159,7 +175,9 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
       int64_t read = 0;  // padded lines in the ring so far
       for (int64_t y = 0; y < g.out_height; ++y) {
         for (; read < y * Stride + Kernel; ++read) {
-          reader.line(g, image, read - kPad, ring + read % Kernel * padded, plane);
+          const int64_t from = read - kPad;
+          reader.line(g, image, from, ring + read % Kernel * padded, plane);
+          if (from >= 0 && from < g.height) ahead.ask(image, group, from);
         }
         const int64_t row = (image * g.out_height + y) * g.out_width;
         for (int v = 0; v < vectors; ++v) {
@@ -302,11 +320,6 @@ struct RawGradientReader {
     const int64_t row = (image * g.out_height + y / Stride) * g.out_width;
     const T* raw = row_of<T>(task.raw, row) + channel;
     const T* gradient = row_of<T>(task.gradient, row) + channel;
-    if (y / Stride + 1 < g.out_height) {
-      prefetch_line(raw + g.out_width * task.raw.row, task.raw.row, g.out_width, vectors);
-      prefetch_line(gradient + g.out_width * task.gradient.row, task.gradient.row, g.out_width,
-                    vectors);
-    }
     for (int v = 0; v < vectors; ++v) {
       const int count = v == vectors - 1 ? last : kLanes;
       Vec* here = to + v * plane + kPad;
@@ -329,6 +342,12 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
   Vec* const draws = inputs + kBackwardGroup * plane;
   Vec* const line = draws + kBackwardGroup * plane;
   const int total = static_cast<int>(round_up(channels, kLanes) / kLanes);
+  const LineAhead<T> ahead{task.x, g.height, g.width, task.stop_image, total, kBackwardGroup,
+                           Kernel / 2 + 2};
+  const LineAhead<T> raw_ahead{task.raw, g.out_height, g.out_width, task.stop_image, total,
+                               kBackwardGroup, Kernel / 2 / Stride + 2};
+  LineAhead<T> gradient_ahead = raw_ahead;
+  gradient_ahead.x = task.gradient;
   for (int64_t image = task.first_image; image < task.stop_image; ++image) {
     for (int group = 0; group < total; group += kBackwardGroup) {
       const int vectors = total - group < kBackwardGroup ? total - group : kBackwardGroup;
@@ -340,8 +359,15 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
       for (int64_t y = 0; y < g.height; ++y) {
         for (; read < y + Kernel; ++read) {
           const int64_t at = read % Kernel * padded;
-          reader.line(g, image, read - kPad, inputs + at, plane);
-          draw_reader.template line<Kernel, Stride>(image, read - kPad, draws + at, plane);
+          const int64_t from = read - kPad;
+          reader.line(g, image, from, inputs + at, plane);
+          draw_reader.template line<Kernel, Stride>(image, from, draws + at, plane);
+          if (from < 0 || from >= g.height) continue;
+          ahead.ask(image, group, from);
+          if (from % Stride == 0 && from / Stride < g.out_height) {
+            raw_ahead.ask(image, group, from / Stride);
+            gradient_ahead.ask(image, group, from / Stride);
+          }
         }
         const bool starts = y % Stride == 0 && y / Stride < g.out_height;
         const int64_t row = (image * g.height + y) * g.width;
