@@ -41,9 +41,10 @@ test-slow: $(VENV)/.made-test
 	$(BIN)/pytest -m slow $(ARGS)
 
 # The compiled parts with AddressSanitizer and UBSan, beside the installed ones; needs gcc's runtimes.
+# FS_EMULATE adds the bfloat16 kernels with their instructions spelled out, for any AVX-512 machine.
 SANITIZE := build/sanitize
 SANITIZE_CXX = $${CXX:-g++}
-SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -DFS_EMULATE
 SANITIZED := tests/test_cpu.py tests/test_population.py tests/test_sampler.py tests/test_trie_plan.py
 
 sanitize: $(VENV)/.made-test

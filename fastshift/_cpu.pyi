@@ -20,7 +20,7 @@ class Block:
         in_channels: int,
         out_channels: int,
     ) -> None: ...
-    def saved_floats(self, images: Images) -> int: ...
+    def saved_floats(self, images: Images, bf16: bool = False) -> int: ...
     def statistics_floats(self) -> int: ...
     def forward(
         self,
@@ -33,6 +33,7 @@ class Block:
         statistics: int,
         y: int,
         threads: int,
+        bf16: bool = False,
     ) -> None: ...
     def backward(
         self,
@@ -47,6 +48,7 @@ class Block:
         dx: int,
         gradients: Sequence[int],
         threads: int,
+        bf16: bool = False,
     ) -> None: ...
     def infer(
         self,
@@ -59,4 +61,5 @@ class Block:
         y: int,
         pooled: bool,
         threads: int,
+        bf16: bool = False,
     ) -> None: ...

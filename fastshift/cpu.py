@@ -1,7 +1,8 @@
 """Candidate ops by the compiled CPU kernels: one call a block, forward, backward and folded.
 
-Rows are float32 and channels last. The arithmetic is `csrc/cpu/`; this module holds the memory and
-what autograd needs.
+Rows are channels last and float32, or bfloat16 under autocast; weights and moments are float32,
+and so is every sum. The arithmetic is `csrc/cpu/`; this module holds the memory and what autograd
+needs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastshift._native import cpu as _cpu
 from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 
-__all__ = ["CpuBlock", "CpuHead", "block_of", "instruction_set", "instruction_sets"]
+__all__ = ["CpuBlock", "CpuHead", "block_of", "instruction_set", "instruction_sets", "row_dtype"]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -60,9 +61,8 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
     if (
         type(op) not in (OpModule, HeadModule, UnitChain)
         or x.device.type != "cpu"
-        or x.dtype is not torch.float32
+        or row_dtype(x) is None
         or (os.environ.get("FASTSHIFT_BACKEND") or "cpu") != "cpu"
-        or torch.is_autocast_enabled("cpu")
     ):
         return None
     units = [module for module in op.modules() if isinstance(module, ConvUnit)]
@@ -74,6 +74,18 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         found = _BLOCKS[op] = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
     # A hook expects the module it hangs on to be called.
     return None if any(map(_has_hooks, op.modules())) else found
+
+
+def row_dtype(x: Tensor) -> torch.dtype | None:
+    """The type in which the kernels would keep such rows: bfloat16 under autocast, or float32.
+
+    None where they have no such type.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return x.dtype if x.dtype is torch.float32 else None
+    wanted = torch.get_autocast_dtype("cpu")
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    return wanted if wanted is torch.bfloat16 and known else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -96,8 +108,8 @@ def _are_built_in(units: Sequence[ConvUnit]) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory, itself where they are."""
-    return x.contiguous(memory_format=torch.channels_last)
+    """`x` in the kernels' type with its channels innermost in memory, itself where it is so."""
+    return x.to(row_dtype(x) or x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _memory(floats: int) -> Tensor:
@@ -105,8 +117,14 @@ def _memory(floats: int) -> Tensor:
     return torch.from_numpy(_cpu.buffer(floats))
 
 
-def _empty(images: int, channels: int, height: int, width: int) -> Tensor:
-    memory = _memory(images * height * width * channels)
+def _empty(
+    images: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    size = images * height * width * channels
+    if dtype is torch.bfloat16:
+        memory = _memory((size + 1) // 2).view(torch.bfloat16)[:size]
+    else:
+        memory = _memory(size)
     return memory.view(images, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -180,13 +198,14 @@ class CpuBlock:
         """Apply the op with each batch norm normalising by this batch's own moments.
 
         Args:
-            x: `[N, C, H, W]` float32.
+            x: `[N, C, H, W]` float32, or bfloat16 under autocast.
 
         Returns:
-            `[N, C', H', W']`, and mean and unbiased variance, `[C]` each, of every batch norm.
+            `[N, C', H', W']` in the kernels' type, and mean and unbiased variance, `[C]` each, of
+            every batch norm.
         """
         self._check(x)
-        y, statistics = _Train.apply(self, x, *self.parameters())
+        y, statistics = _Train.apply(self, _rows(x), *self.parameters())
         widths = [5 * unit.out_channels for unit in self.units]
         return y, [tuple(s.view(5, -1)[:2]) for s in statistics.split(widths)]
 
@@ -194,7 +213,7 @@ class CpuBlock:
         """Apply the op with batch norms that normalise by given statistics.
 
         Args:
-            x: `[N, C, H, W]` float32.
+            x: `[N, C, H, W]` float32, or bfloat16 under autocast.
             moments: mean and variance, `[C]` each, of every batch norm.
             pooled: give the means over the positions, `[N, C']`.
 
@@ -207,7 +226,7 @@ class CpuBlock:
         if pooled:
             y = torch.empty(n, self.out_channels)
         else:
-            y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1])
+            y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1], x.dtype)
         parameters = [_plain(p) for p in self.parameters()]
         self.core.infer(
             instruction_set(),
@@ -219,6 +238,7 @@ class CpuBlock:
             y.data_ptr(),
             pooled,
             torch.get_num_threads(),
+            x.dtype is torch.bfloat16,
         )
         return y
 
@@ -262,13 +282,13 @@ def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
 class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block: CpuBlock, x: Tensor, *parameters: Tensor | None):
-        x = _rows(x)
         parameters = tuple(_plain(p) for p in parameters)
         n, _, height, width = x.shape
         images = (n, height, width)
-        saved = _memory(block.core.saved_floats(images))
+        bf16 = x.dtype is torch.bfloat16
+        saved = _memory(block.core.saved_floats(images, bf16))
         statistics = torch.empty(block.core.statistics_floats())
-        y = _empty(n, block.out_channels, *block.sizes(height, width)[block.main - 1])
+        y = _empty(n, block.out_channels, *block.sizes(height, width)[block.main - 1], x.dtype)
         block.core.forward(
             instruction_set(),
             images,
@@ -279,6 +299,7 @@ class _Train(torch.autograd.Function):
             statistics.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
+            bf16,
         )
         ctx.block = block
         ctx.save_for_backward(x, saved, statistics, *parameters)
@@ -290,9 +311,9 @@ class _Train(torch.autograd.Function):
     def backward(ctx, dy: Tensor, *_):
         block = ctx.block
         x, saved, statistics, *parameters = ctx.saved_tensors
-        dy = _rows(dy)
+        dy = dy.contiguous(memory_format=torch.channels_last)
         n, _, height, width = x.shape
-        dx = _empty(*x.shape) if ctx.needs_input_grad[1] else None
+        dx = _empty(*x.shape, x.dtype) if ctx.needs_input_grad[1] else None
         gradients = [None if p is None else torch.empty_like(p) for p in parameters]
         block.core.backward(
             instruction_set(),
@@ -306,5 +327,6 @@ class _Train(torch.autograd.Function):
             0 if dx is None else dx.data_ptr(),
             _pointers(gradients),
             torch.get_num_threads(),
+            x.dtype is torch.bfloat16,
         )
         return None, dx, *gradients

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -428,17 +429,18 @@ def test_info_says_which_implementation_runs_and_why_others_do_not(capsys, monke
     assert "  cpu        runs\n" in shown
     assert "  reference  does not run: FASTSHIFT_BACKEND=reference would choose it\n" in shown
     assert "  triton     does not run: its CUDA kernels are not part of this version\n" in shown
-    assert f"  {best:10} runs\n" in shown
-    assert "  amx        does not run: not part of this version\n" in shown
+    shown = re.sub(" +", " ", shown)
+    assert f" {best} runs\n" in shown
     for name, reason in cpu.instruction_sets().items():
         expected = reason or f"FASTSHIFT_CPU_ISA={name} would choose it"
-        assert name == best or f"  {name:10} does not run: {expected}\n" in shown
+        assert name == best or f" {name} does not run: {expected}\n" in shown
 
 
 def test_info_follows_the_environment(capsys, monkeypatch):
     shown = _info(capsys, monkeypatch, FASTSHIFT_CPU_ISA="generic").out
     assert "  block infer    cpu, generic\n" in shown
-    assert "  generic    runs\n  FASTSHIFT_CPU_ISA=generic\n" in shown
+    assert " generic runs\n" in re.sub(" +", " ", shown)
+    assert "  FASTSHIFT_CPU_ISA=generic\n" in shown
     shown = _info(capsys, monkeypatch, FASTSHIFT_BACKEND="reference").out
     assert "  block infer    reference\n" in shown
     assert "  reference  runs\n" in shown
@@ -446,6 +448,9 @@ def test_info_follows_the_environment(capsys, monkeypatch):
 
 
 def test_info_ends_with_what_cannot_run(capsys, monkeypatch):
+    known = {**cpu.instruction_sets(), "amx": "broken"}
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: known)
+    cpu._instruction_set.cache_clear()
     for name, value in (("FASTSHIFT_CPU_ISA", "amx"), ("FASTSHIFT_BACKEND", "triton")):
         shown = _info(capsys, monkeypatch, code=2, **{name: value})
         assert "  block infer    nothing\n" in shown.out

@@ -80,7 +80,7 @@ int64_t weight_size(const Unit& unit) {
 
 // Groups of images: a function of the shapes alone. Each holds a gradient of the weights of its own.
 int group_count(const Unit& unit, const Images& images) {
-  const int64_t room = (int64_t{8} << 20) / (4 * weight_size(unit));
+  const int64_t room = (int64_t{4} << 20) / (4 * weight_size(unit));
   return static_cast<int>(std::min(images.count, std::clamp<int64_t>(room, 4, 16)));
 }
 
@@ -88,26 +88,27 @@ int64_t group_start(int group, int groups, int64_t count) { return count * group
 
 int64_t round_to_line(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-int64_t packed_floats(const Kernels& kernels, const Unit& unit) {
+int64_t packed_floats(const Kernels& kernels, const Unit& unit, Element element) {
   if (unit.depthwise) return kernels.packed_depthwise(unit.in_channels, unit.kernel);
   const int64_t depth = unit.in_channels * unit.kernel * unit.kernel;
-  return std::max(kernels.packed_product(depth, unit.out_channels),
-                  kernels.packed_product(unit.out_channels, depth));
+  return std::max(kernels.packed_product(depth, unit.out_channels, element),
+                  kernels.packed_product(unit.out_channels, depth, element));
 }
 
 void pack_weight(const Kernels& kernels, const Unit& unit, const float* weight, bool forward,
-                 float* to) {
+                 Element element, float* to) {
   if (unit.depthwise) {
     kernels.pack_depthwise(weight, unit.in_channels, unit.kernel, forward, to);
   } else {
-    kernels.pack_product(weight, unit.out_channels, unit.in_channels, unit.kernel, forward, to);
+    kernels.pack_product(weight, unit.out_channels, unit.in_channels, unit.kernel, forward, element,
+                         to);
   }
 }
 
 const float* packed_weight(const Kernels& kernels, const Unit& unit, const float* weight,
-                           bool forward) {
-  float* to = scratch_memory<float>(kPacked, packed_floats(kernels, unit));
-  pack_weight(kernels, unit, weight, forward, to);
+                           bool forward, Element element) {
+  float* to = scratch_memory<float>(kPacked, packed_floats(kernels, unit, element));
+  pack_weight(kernels, unit, weight, forward, element, to);
   return to;
 }
 
@@ -235,7 +236,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
       const int groups = group_count(unit, images);
       const int64_t channels = unit.out_channels;
       void* raw = after(saved, place[index].saved, element);
-      const float* packed = packed_weight(kernels, unit, weights[index].weight, true);
+      const float* packed = packed_weight(kernels, unit, weights[index].weight, true, element);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
       std::fill(sums, sums + groups * 3 * channels, 0.0);
       std::vector<int64_t> counts(groups);
@@ -339,7 +340,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const void* x
       }
       const bool first = index == chain.first;
       const int64_t size = weight_size(unit);
-      const float* packed = packed_weight(kernels, unit, weights[index].weight, false);
+      const float* packed = packed_weight(kernels, unit, weights[index].weight, false, element);
       float* partial = scratch_memory<float>(kPartial, groups * size);
       double* sums = scratch_memory<double>(kSums, groups * 2 * in);
       std::fill(sums, sums + groups * 2 * in, 0.0);
@@ -372,11 +373,12 @@ void Block::backward(const Kernels& kernels, const Images& images, const void* x
         (unit.depthwise ? kernels.depthwise_backward : kernels.product_backward)[element](task, memory);
       });
       for (int group = 1; group < groups; ++group) {
-        for (int64_t i = 0; i < size; ++i) partial[i] += partial[group * size + i];
+        kernels.add(partial + group * size, size, partial);
       }
       // The kernels keep the channels innermost, PyTorch the taps.
       const int64_t taps = int64_t{unit.kernel} * unit.kernel, owners = size / (in * taps);
-      for (int64_t o = 0; o < owners; ++o) {
+      if (taps == 1) std::copy(partial, partial + size, gradients[index].weight);
+      for (int64_t o = 0; taps > 1 && o < owners; ++o) {
         for (int64_t c = 0; c < in; ++c) {
           for (int64_t tap = 0; tap < taps; ++tap) {
             gradients[index].weight[(o * in + c) * taps + tap] = partial[(o * taps + tap) * in + c];
@@ -429,11 +431,12 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     }
   }
   for (int64_t index = 0; index < num_units(); ++index) {
-    packed_at[index + 1] = packed_at[index] + round_to_line(packed_floats(kernels, units_[index]));
+    packed_at[index + 1] = packed_at[index] + round_to_line(packed_floats(kernels, units_[index], element));
   }
   float* packed = scratch_memory<float>(kPacked, packed_at.back());
   for (int64_t index = 0; index < num_units(); ++index) {
-    pack_weight(kernels, units_[index], weights[index].weight, true, packed + packed_at[index]);
+    pack_weight(kernels, units_[index], weights[index].weight, true, element,
+                packed + packed_at[index]);
   }
   int64_t norm_floats = 0;
   for (const Unit& unit : units_) norm_floats += 2 * unit.out_channels;

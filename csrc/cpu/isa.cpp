@@ -1,11 +1,28 @@
 #include "isa.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastshift::cpu {
 
 const Kernels* kernels_generic();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+#define FS_HAS_PAIRS (__GNUC__ >= 11 || defined(__clang__))
+#if FS_HAS_PAIRS
+const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();
+#endif
+#if defined(FS_EMULATE)
+const Kernels* kernels_emulated_pairs();
+const Kernels* kernels_emulated_amx();
+#endif
 #endif
 
 namespace {
@@ -23,6 +40,33 @@ std::string without_avx512() {
   return "";
 }
 
+#if FS_HAS_PAIRS
+std::string without_avx512_bf16() {
+  const std::string reason = without_avx512();
+  if (!reason.empty()) return reason;
+  FS_NEEDS("avx512bf16");
+  return "";
+}
+
+// What __builtin_cpu_supports does not name in every compiler: leaf 7.
+std::string without_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  if (!known || !(d >> 22 & 1)) return "this machine lacks amx-bf16";
+  if (!(d >> 24 & 1)) return "this machine lacks amx-tile";
+  const std::string reason = without_avx512_bf16();
+  if (!reason.empty()) return reason;
+#if defined(__linux__)
+  // Linux hands out the tiles on request, to the threads of a process that asked.
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  if (syscall(SYS_arch_prctl, kRequest, kTileData) != 0) return "the system refuses amx";
+  return "";
+#else
+  return "not asked for on this system";
+#endif
+}
+#endif
+
 std::string without_avx2() {
   FS_NEEDS("avx2");
   FS_NEEDS("fma");
@@ -33,17 +77,30 @@ std::string without_avx2() {
 }  // namespace
 
 std::vector<Level> levels() {
-  std::vector<Level> found{{"amx", "not part of this version", nullptr}};
+  std::vector<Level> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if FS_HAS_PAIRS
+  found.push_back({"amx", without_amx(), kernels_amx()});
+  found.push_back({"avx512_bf16", without_avx512_bf16(), kernels_avx512_bf16()});
+#else
+  for (const char* name : {"amx", "avx512_bf16"}) {
+    found.push_back({name, "the compiler of this build lacks it", nullptr});
+  }
+#endif
   found.push_back({"avx512", without_avx512(), kernels_avx512()});
   found.push_back({"avx2", without_avx2(), kernels_avx2()});
 #else
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2"}) {
     found.push_back({name, "this machine is not an x86-64", nullptr});
   }
 #endif
   found.push_back({"generic", "", kernels_generic()});
+#if defined(FS_EMULATE) && defined(__x86_64__)
+  // For tests, on machines without the instructions.
+  found.push_back({"emulated_avx512_bf16", without_avx512(), kernels_emulated_pairs()});
+  found.push_back({"emulated_amx", without_avx512(), kernels_emulated_amx()});
+#endif
   for (Level& level : found) {
     if (!level.reason.empty()) level.kernels = nullptr;
   }

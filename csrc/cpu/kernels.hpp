@@ -95,13 +95,14 @@ struct Reduce {
 struct Kernels {
   const char* name;
   int lanes;
-  int64_t (*packed_product)(int64_t k, int64_t columns);  // floats
+  int64_t (*packed_product)(int64_t k, int64_t columns, Element element);  // floats
   // Weights [out][in][taps]; forward: for y, else for the gradient of x.
   void (*pack_product)(const float* weight, int64_t out, int64_t in, int kernel, bool forward,
-                       float* to);
+                       Element element, float* to);
   int64_t (*packed_depthwise)(int64_t channels, int kernel);
   void (*pack_depthwise)(const float* weight, int64_t channels, int kernel, bool forward, float* to);
   int64_t (*scratch)(const Geometry& geometry, bool depthwise);  // floats
+  void (*add)(const float* from, int64_t count, float* to);
   // By element type.
   void (*product_forward[kElements])(const Forward& task, float* scratch);
   void (*depthwise_forward[kElements])(const Forward& task, float* scratch);

@@ -13,11 +13,63 @@ inline int64_t chunk_rows(const Geometry& geometry) {
   return rows / kTileRows * kTileRows;
 }
 
+#if defined(FS_PAIRS)
+template <class T>
+constexpr bool kPairs = sizeof(T) == sizeof(Bf16);
+
+// Floats of a chunk's operands in bfloat16: rows, columns, and panels of pairs.
+inline int64_t pairs_scratch(const Geometry& g) {
+  const int64_t rows = round_up(chunk_rows(g), kPairRows);
+  const int64_t widest = depth(g) > g.out_channels ? depth(g) : g.out_channels;
+  return 64 + (rows * pair_depth(widest) +
+               round_up(g.out_channels, kPairRows) * pair_depth(chunk_rows(g))) / 2 +
+         packed_pairs_size(chunk_rows(g), depth(g));
+}
+#else
+template <class T>
+constexpr bool kPairs = false;
+inline int64_t pairs_scratch(const Geometry&) { return 0; }
+#endif
+
 inline int64_t product_scratch(const Geometry& g) {
   const bool scattered = g.stride > 1 || g.kernel > 1;
   const int64_t rows_of_dx = scattered ? chunk_rows(g) * depth(g) : 0;
-  return chunk_rows(g) * (g.out_channels + depth(g) + kPanel) + rows_of_dx +
+  return chunk_rows(g) * (g.out_channels + depth(g) + kPanel) + rows_of_dx + pairs_scratch(g) +
          (scattered ? g.height * g.width * g.in_channels : 0);
+}
+
+// Rows of a chunk as one operand of products.
+struct Operand {
+  const float* rows;
+  int64_t row;
+  const Bf16* pairs;  // the same in bfloat16, where products take that
+  int64_t pairs_row;
+};
+
+template <class T, class Finish>
+inline void multiply(int64_t rows, int64_t k, const Operand& a, const float* weight, int64_t column,
+                     int columns, Finish& finish, Ahead& ahead) {
+#if defined(FS_PAIRS)
+  if constexpr (kPairs<T>) {
+    const float* panel = weight + column / kPanel * (pair_depth(k) / 2) * kPanel;
+    pairs_product(rows, k, a.pairs, a.pairs_row, panel, columns, finish, ahead);
+    return;
+  }
+#endif
+  panel_product(rows, k, a.rows, a.row, weight + column * k, columns, finish, ahead);
+}
+
+// Fills in what products in bfloat16 read of rows of floats; `to` holds pairs_scratch().
+template <class T>
+inline void narrow_operand(Operand& a, int64_t rows, int64_t k, float* to) {
+#if defined(FS_PAIRS)
+  if constexpr (kPairs<T>) {
+    Bf16* pairs = reinterpret_cast<Bf16*>(to);
+    narrow_rows(a.rows, rows, k, pairs, pair_depth(k));
+    a.pairs = pairs;
+    a.pairs_row = pair_depth(k);
+  }
+#endif
 }
 
 // Position in the input of output row `row`.
@@ -131,6 +183,25 @@ struct StoreRows : Columns {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         store_some(to + (row + r) * to_row + v * kLanes, sum[r][v], counts[v]);
+      }
+    }
+  }
+};
+
+struct AddRows : Columns {
+  float* to;
+  int64_t to_row;
+  AddRows(int64_t channels, int64_t column, float* to, int64_t to_row)
+      : Columns(channels, column), to(to), to_row(to_row) {}
+
+  template <int Rows, int Vectors>
+  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        float* here = to + (row + r) * to_row + v * kLanes;
+        store_some(here, load_some(here, counts[v]) + sum[r][v], counts[v]);
       }
     }
   }
@@ -294,15 +365,15 @@ inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const fl
 }
 
 // A mean of some rows, of what will be stored: a single one may lie far off.
-inline void start_sums(const Forward& task, int64_t rows, const float* a, int64_t a_row,
-                       const float* panel, int64_t column) {
+template <class T>
+inline void start_sums(const Forward& task, int64_t rows, const Operand& a, int64_t column) {
   alignas(64) float some[kTileRows * kPanel];
   const int64_t out = task.geometry.out_channels;
   const int columns = static_cast<int>(out - column < kPanel ? out - column : kPanel);
   rows = rows < kTileRows ? rows : kTileRows;
   StoreRows store(out, column, some, kPanel);
   Ahead nothing;
-  panel_product(rows, depth(task.geometry), a, a_row, panel, columns, store, nothing);
+  multiply<T>(rows, depth(task.geometry), a, task.weight, column, columns, store, nothing);
   for (int c = 0; c < columns; ++c) {
     float sum = 0.0f;
     for (int64_t row = 0; row < rows; ++row) sum += some[row * kPanel + c];
@@ -320,15 +391,16 @@ void product_forward(const Forward& task, float* scratch) {
   const bool streams = g.kernel == 1 && g.stride == 1;
   const int64_t panels = round_up(out, kPanel) / kPanel;
   float* const columns_of_y = scratch + chunk * in;
+  float* const pairs = scratch + round_up(chunk * (in + kPanel), 16);
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = end - first < chunk ? end - first : chunk;
-    const float* a = scratch;
-    int64_t a_row = in;
+    Operand a{scratch, in, nullptr, 0};
     if (direct) {
-      a = reinterpret_cast<const float*>(row_of<T>(task.x, first));
-      a_row = task.x.row;
+      a.rows = reinterpret_cast<const float*>(row_of<T>(task.x, first));
+      a.row = task.x.row;
     } else {
       read_rows<T>(g, task.x, task.prologue, first, rows, scratch);
+      narrow_operand<T>(a, rows, in, pairs);
     }
     Ahead ahead;
     const int64_t next = first + rows, stop = next + chunk < end ? next + chunk : end;
@@ -337,14 +409,13 @@ void product_forward(const Forward& task, float* scratch) {
     ahead.divide((rows / kTileRows + 1) * panels);
     for (int64_t column = 0; column < out; column += kPanel) {
       const int columns = out - column < kPanel ? static_cast<int>(out - column) : kPanel;
-      const float* panel = task.weight + column * in;
       if (task.sums) {
-        if (first == begin) start_sums(task, rows, a, a_row, panel, column);
+        if (first == begin) start_sums<T>(task, rows, a, column);
         StoreSums<T> store(out, column, row_of<T>(task.y, first) + column, task.y.row);
         for (int c = 0; c < columns; ++c) {
           store.shift[c / kLanes][c % kLanes] = static_cast<float>(task.sums[column + c]);
         }
-        panel_product(rows, in, a, a_row, panel, columns, store, ahead);
+        multiply<T>(rows, in, a, task.weight, column, columns, store, ahead);
         for (int v = 0; v * kLanes < columns; ++v) {
           double* sums = task.sums + out + column + v * kLanes;
           add_lanes(sums, store.total[v], store.counts[v]);
@@ -352,14 +423,14 @@ void product_forward(const Forward& task, float* scratch) {
         }
       } else if (task.pooled) {
         StoreAffine<float> store(task, column, columns_of_y, kPanel, first);
-        panel_product(rows, in, a, a_row, panel, columns, store, ahead);
+        multiply<T>(rows, in, a, task.weight, column, columns, store, ahead);
         for (int v = 0; v * kLanes < columns; ++v) {
           pool_rows(task, first, rows, columns_of_y + v * kLanes, kPanel, column + v * kLanes,
                     store.counts[v]);
         }
       } else {
         StoreAffine<T> store(task, column, row_of<T>(task.y, first) + column, task.y.row, first);
-        panel_product(rows, in, a, a_row, panel, columns, store, ahead);
+        multiply<T>(rows, in, a, task.weight, column, columns, store, ahead);
       }
     }
   }
@@ -396,6 +467,29 @@ inline void finish_scattered(const Backward& task, int64_t image, const float* d
   }
 }
 
+// Adds draw^T times the rows of x.
+template <class T>
+inline void weight_gradient_of(const Backward& task, int64_t rows, const float* draw,
+                               const float* a, int64_t a_row, float* scratch, Ahead& ahead) {
+  const int64_t in = depth(task.geometry), out = task.geometry.out_channels;
+#if defined(FS_PAIRS)
+  if constexpr (kPairs<T>) {
+    const int64_t k = pair_depth(rows);
+    Bf16* columns_of_draw = reinterpret_cast<Bf16*>(scratch);
+    float* panel = scratch + round_up(out, kPairRows) * k / 2;
+    narrow_columns(draw, rows, out, columns_of_draw);
+    for (int64_t column = 0; column < in; column += kPanel) {
+      const int columns = in - column < kPanel ? static_cast<int>(in - column) : kPanel;
+      AddRows store(in, column, task.dweight + column, in);
+      pack_pairs(a + column, a_row, rows, columns, panel, k / 2);
+      pairs_product(out, rows, columns_of_draw, k, panel, columns, store, ahead);
+    }
+    return;
+  }
+#endif
+  outer_product(rows, out, in, draw, out, a, a_row, task.dweight, in, ahead);
+}
+
 // Rows [begin, end) of outputs; `scattered`: where one image's gradient of x is added up, or null.
 template <class T>
 inline void product_backward_rows(const Backward& task, int64_t begin, int64_t end, float* scratch,
@@ -407,6 +501,7 @@ inline void product_backward_rows(const Backward& task, int64_t begin, int64_t e
   float* draw = scratch;
   float* rows_of_x = draw + chunk * out;
   float* rows_of_dx = rows_of_x + chunk * in;
+  float* pairs = scratch + round_up(chunk * (out + (scattered ? 2 : 1) * in), 16);
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = end - first < chunk ? end - first : chunk;
     const float* a = rows_of_x;
@@ -424,17 +519,18 @@ inline void product_backward_rows(const Backward& task, int64_t begin, int64_t e
     look_ahead<T>(ahead, 1, task.gradient, next, stop);
     if (g.kernel == 1 && g.stride == 1) look_ahead<T>(ahead, 2, task.x, next, stop);
     ahead.divide((out / kTileRows + (task.dx.data ? rows / kTileRows : 0)) * panels);
-    outer_product(rows, out, in, draw, out, a, a_row, task.dweight, in, ahead);
+    Operand d{draw, out, nullptr, 0};
+    weight_gradient_of<T>(task, rows, draw, a, a_row, pairs, ahead);
     if (!task.dx.data) continue;
+    narrow_operand<T>(d, rows, out, pairs);
     for (int64_t column = 0; column < in; column += kPanel) {
       const int columns = in - column < kPanel ? static_cast<int>(in - column) : kPanel;
-      const float* panel = task.weight + column * out;
       if (scattered) {
         StoreRows store(in, column, rows_of_dx + column, in);
-        panel_product(rows, out, draw, out, panel, columns, store, ahead);
+        multiply<T>(rows, out, d, task.weight, column, columns, store, ahead);
       } else {
         StoreGradient<T> store(task, first, column, a, a_row);
-        panel_product(rows, out, draw, out, panel, columns, store, ahead);
+        multiply<T>(rows, out, d, task.weight, column, columns, store, ahead);
         store.add_sums();
       }
     }

@@ -45,6 +45,13 @@ inline void add_lanes(double* to, Vec value, int count) {
   for (int lane = 0; lane < count; ++lane) to[lane] += value[lane];
 }
 
+void add(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int some = lanes_left(count, i);
+    store_some(to + i, load_some(to + i, some) + load_some(from + i, some), some);
+  }
+}
+
 // d raw of rows [first, first + rows) into packed rows of `to`.
 template <class T>
 inline void norm_backward(const Backward& task, int64_t first, int64_t rows, float* to) {

@@ -1,12 +1,38 @@
 // The table of one instruction set. Included last, inside its anonymous namespace.
 
-int64_t packed_product(int64_t k, int64_t columns) { return packed_size(k, columns); }
+int64_t packed_product(int64_t k, int64_t columns, Element element) {
+#if defined(FS_PAIRS)
+  if (element == kBfloat16) return packed_pairs_size(k, columns);
+#endif
+  (void)element;
+  return packed_size(k, columns);
+}
 
 // Weights [out][in][taps] as columns of outputs over rows of [tap][in], or, for the gradient of x,
 // the other way round.
 void pack_product(const float* weight, int64_t out, int64_t in, int kernel, bool forward,
-                  float* to) {
+                  Element element, float* to) {
   const int64_t taps = int64_t{kernel} * kernel, depth = in * taps;
+#if defined(FS_PAIRS)
+  if (element == kBfloat16) {
+    const int64_t k = forward ? depth : out, columns = forward ? out : depth;
+    alignas(64) float two[2 * kPanel];
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      const int count = columns - column < kPanel ? static_cast<int>(columns - column) : kPanel;
+      for (int64_t row = 0; row < pair_depth(k); row += 2, to += kPanel) {
+        for (int i = 0; i < 2 * kPanel; ++i) {
+          const int64_t at = row + i / kPanel, c = column + i % kPanel;
+          const int64_t o = forward ? c : at, d = forward ? at : c;
+          const bool there = at < k && c < columns;
+          two[i] = there ? weight[(o * in + d % in) * taps + d / in] : 0.0f;
+        }
+        pack_pairs(two, kPanel, 2, count, to, 1);
+      }
+    }
+    return;
+  }
+#endif
+  (void)element;
   if (taps == 1) {
     pack(weight, forward ? 1 : in, forward ? in : 1, forward ? in : out, forward ? out : in, to);
     return;
@@ -50,6 +76,7 @@ const Kernels kTable = {FS_NAME,
                         packed_depthwise,
                         pack_depthwise,
                         scratch,
+                        add,
                         FS_BOTH(product_forward),
                         FS_BOTH(depthwise_forward),
                         FS_BOTH(product_backward),

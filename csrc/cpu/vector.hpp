@@ -106,7 +106,7 @@ typedef int32_t Lanes __attribute__((vector_size(4 * FS_LANES)));
 
 template <class T>
 inline Vec load_alternate(const T* from) {
-  Lanes lanes;
+  Lanes lanes = {};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < kLanes / 2 ? 2 * i : 2 * i + 1;
   return __builtin_shuffle(load(from), load(from + kLanes - 1), lanes);
@@ -115,7 +115,7 @@ inline Vec load_alternate(const T* from) {
 template <class T>
 inline void store_alternate(T* to, Vec value) {
   // Lanes of (what is there, value), for either half.
-  Lanes low, high;
+  Lanes low = {}, high = {};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     low[i] = i % 2 ? i : kLanes + i / 2;

@@ -1,0 +1,27 @@
+#if defined(__x86_64__) && (__GNUC__ >= 11 || defined(__clang__))
+#include <immintrin.h>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,avx512bf16")
+#define FS_LANES 16
+#define FS_NAME "avx512_bf16"
+#define FS_BF16
+#define FS_PAIRS
+
+namespace fastshift::cpu {
+namespace {
+#include "vector.hpp"
+#include "gemm.hpp"
+#include "rows.hpp"
+#include "pairs.hpp"
+#include "product.hpp"
+#include "depthwise.hpp"
+#include "table.hpp"
+}  // namespace
+
+const Kernels* kernels_avx512_bf16() { return &kTable; }
+}  // namespace fastshift::cpu
+
+#endif
