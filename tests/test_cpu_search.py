@@ -92,21 +92,30 @@ def test_scores_are_as_accurate_and_ranked_alike(space, policy, monkeypatch, cal
 
 
 def test_an_accumulated_gradient_is_as_accurate(space, monkeypatch):
-    """Of a whole population, which deep random networks do not let compare digit by digit."""
+    """Of a whole population, in the middle of draws.
+
+    In a deep random network one value that rounding takes across a ReLU moves a draw's gradient by
+    more than all other rounding, PyTorch's too.
+    """
     net = _supernet(space).train()
     archs = np.unique(random_archs(space, 4, seed=3), axis=0)
-    torch.manual_seed(0)
-    x = torch.randn(8, space.in_channels, space.image_size, space.image_size)
-    y = torch.arange(8) % 4
-    found = {}
-    for backend in (*BACKENDS, "exact"):
-        monkeypatch.setenv("FASTSHIFT_BACKEND", "cpu" if backend == "cpu" else "reference")
-        own = copy.deepcopy(net).double() if backend == "exact" else copy.deepcopy(net)
-        norms = BatchNorms(own)
-        images = x.double() if backend == "exact" else x
-        train_step(own, norms, Plan(archs), images, y, MovingAverages(norms), key=(0, 0))
-        found[backend] = [parameter.grad for parameter in own.parameters()]
-    assert_as_accurate(found["cpu"], found["reference"], found["exact"], floor=FLOOR)
+    errors = {name: [] for name in BACKENDS}
+    for draw in range(5):
+        torch.manual_seed(draw)
+        x = torch.randn(8, space.in_channels, space.image_size, space.image_size)
+        found = {}
+        for backend in (*BACKENDS, "exact"):
+            monkeypatch.setenv("FASTSHIFT_BACKEND", "cpu" if backend == "cpu" else "reference")
+            own = copy.deepcopy(net).double() if backend == "exact" else copy.deepcopy(net)
+            norms = BatchNorms(own)
+            images = x.double() if backend == "exact" else x
+            averages = MovingAverages(norms)
+            train_step(own, norms, Plan(archs), images, torch.arange(8) % 4, averages, key=(0, 0))
+            found[backend] = [parameter.grad for parameter in own.parameters()]
+        for name in BACKENDS:
+            errors[name].append(global_error(found[name], found["exact"]))
+    reference, ours = (np.median(errors[name]) for name in BACKENDS)
+    assert ours <= max(2 * reference, FLOOR)
 
 
 # Four updates of shufflenet_v2 move its losses by 1e-3 where its first weights are off by one
