@@ -9,6 +9,7 @@ after the shift steps.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastshift.cpu import block_of
+from fastshift.folding import (
+    FoldCache,
+    NotAsTracedError,
+    apply_folded,
+    conv_norm_pairs,
+    unfold,
+)
+from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
 
 __all__ = ["POLICIES", "BatchNorms", "MomentSums", "MovingAverages", "evaluation_mode", "start_ema"]
@@ -28,6 +37,10 @@ Moments = tuple[Tensor, Tensor]
 
 class BatchNorms:
     """The batch norms of a supernet that keep statistics, by the module that owns them.
+
+    Without gradients, what no compiled kernel runs takes rows channels last and runs with its norms
+    folded into its convolutions, where it can (`row_layout`, `folding`); `FASTSHIFT_BACKEND` set to
+    `reference` runs every module as it is. One instance serves one evaluation.
 
     Args:
         supernet: its stem, candidate ops and head are the owners.
@@ -44,6 +57,9 @@ class BatchNorms:
                 for name, module in owner.named_modules()
                 if isinstance(module, _BatchNorm) and module.track_running_stats
             ]
+        self._layout = RowLayout(supernet.memory_format)
+        self._folds = FoldCache()
+        self._pairs: dict[nn.Module, list[tuple[nn.Conv2d, int]]] = {}
 
     def of(self, owner: nn.Module) -> list[tuple[str, _BatchNorm]]:
         """Names and batch norms of one owner, in the order of its modules."""
@@ -77,20 +93,56 @@ class BatchNorms:
             (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))
             for _, norm in found
         ]
+
+        def call(row: Tensor) -> Tensor:
+            return self._with(owner, row, found, moments, True)
+
         with needing_moments(x):
-            return self._with(owner, x, moments, True), moments
+            if torch.is_grad_enabled() or _is_reference():
+                return call(x), moments
+            return self._layout.apply(owner, x, call), moments
 
     def impose(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
         """Apply an owner with the given statistics in place of its own."""
+        if torch.is_grad_enabled() or _is_reference():
+            return self._with(owner, x, self._of[owner], moments, False)
         block = block_of(owner, x)
-        if block is not None and not torch.is_grad_enabled():
+        if block is not None:
             return block.infer(x, moments)
-        return self._with(owner, x, moments, False)
+        return self._layout.apply(owner, x, lambda row: self._folded(owner, row, moments))
+
+    def _folded(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
+        """`_with` with the norms of pairs folded into their convolutions."""
+        found = self._of[owner]
+        pairs = self._pairs_of(owner)
+        if pairs:
+            folds = [self._folds.of(conv, found[i][1], *moments[i]) for conv, i in pairs]
+            folded = {i for _, i in pairs}
+            rest = [i for i in range(len(found)) if i not in folded]
+            norms, kept = [found[i] for i in rest], [moments[i] for i in rest]
+            try:
+                return apply_folded(folds, lambda: self._with(owner, x, norms, kept, False))
+            except NotAsTracedError:
+                unfold(owner)
+                self._pairs[owner] = []
+        return self._with(owner, x, found, moments, False)
+
+    def _pairs_of(self, owner: nn.Module) -> list[tuple[nn.Conv2d, int]]:
+        """Convolutions that take over a norm, and its place among the owner's."""
+        if owner not in self._pairs:
+            place = {norm: i for i, (_, norm) in enumerate(self._of[owner])}
+            pairs = conv_norm_pairs(owner) if place else ()
+            self._pairs[owner] = [(conv, place[norm]) for conv, norm in pairs if norm in place]
+        return self._pairs[owner]
 
     def _with(
-        self, owner: nn.Module, x: Tensor, moments: Sequence[Moments], training: bool
+        self,
+        owner: nn.Module,
+        x: Tensor,
+        found: Sequence[tuple[str, _BatchNorm]],
+        moments: Sequence[Moments],
+        training: bool,
     ) -> Tensor:
-        found = self._of[owner]
         saved = [(norm._buffers.copy(), norm.momentum, norm.training) for _, norm in found]
         try:
             for (_, norm), (mean, var) in zip(found, moments, strict=True):
@@ -103,6 +155,11 @@ class BatchNorms:
             for (_, norm), (buffers, momentum, mode) in zip(found, saved, strict=True):
                 norm._buffers.update(buffers)
                 norm.__dict__.update(momentum=momentum, training=mode)
+
+
+def _is_reference() -> bool:
+    """Whether every module runs as it is."""
+    return os.environ.get("FASTSHIFT_BACKEND") == "reference"
 
 
 class MomentSums:

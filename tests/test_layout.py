@@ -26,6 +26,8 @@ ORDER = (
     "data",
     "layers",
     "cpu",
+    "folding",
+    "row_layout",
     "supernet",
     "pareto",
     "sampler",
