@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastshift.channel_moments import summed_in_chunks
 from fastshift.cpu import block_of
 from fastshift.folding import (
     FoldCache,
@@ -95,11 +96,12 @@ class BatchNorms:
         ]
 
         def call(row: Tensor) -> Tensor:
-            return self._with(owner, row, found, moments, True)
+            with summed_in_chunks(owner):
+                return self._with(owner, row, found, moments, True)
 
         with needing_moments(x):
             if torch.is_grad_enabled() or _is_reference():
-                return call(x), moments
+                return self._with(owner, x, found, moments, True), moments
             return self._layout.apply(owner, x, call), moments
 
     def impose(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "apply_folded",
     "conv_norm_pairs",
     "fold",
+    "runs_as_written",
     "unfold",
 ]
 
@@ -82,7 +83,7 @@ def conv_norm_pairs(owner: nn.Module) -> tuple[Pair, ...]:
     Returns:
         The pairs, in the order they are called.
     """
-    if _has_global_hooks() or not all(map(_is_plain, owner.modules())):
+    if not runs_as_written(owner):
         return ()
     state = _state(owner)
     found = _FOUND.get(owner)
@@ -96,19 +97,20 @@ def unfold(owner: nn.Module) -> None:
     _FOUND[owner] = _state(owner), ()
 
 
-def _has_global_hooks() -> bool:
-    return any(getattr(_torch_module, f"_global_{name}", None) for name in _HOOKS)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's `forward` and nothing else."""
-    own = vars(module)
-    return not (
-        any(own.get(f"_{name}") for name in _HOOKS)
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-        or "_orig_mod" in module._modules  # what torch.compile gives
-    )
+def runs_as_written(owner: nn.Module) -> bool:
+    """Whether calling a module and its parts runs their classes' `forward` and nothing else."""
+    if any(getattr(_torch_module, f"_global_{name}", None) for name in _HOOKS):
+        return False
+    for module in owner.modules():
+        own = vars(module)
+        if (
+            "forward" in own
+            or any(own.get(f"_{name}") for name in _HOOKS)
+            or own.get("_compiled_call_impl") is not None
+            or "_orig_mod" in module._modules  # what torch.compile gives
+        ):
+            return False
+    return True
 
 
 def _state(owner: nn.Module) -> tuple:

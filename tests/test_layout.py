@@ -27,6 +27,7 @@ ORDER = (
     "layers",
     "cpu",
     "folding",
+    "channel_moments",
     "row_layout",
     "supernet",
     "pareto",
