@@ -48,28 +48,30 @@ class BatchNorms:
     """
 
     def __init__(self, supernet: ChainSupernet) -> None:
-        self._of: dict[nn.Module, list[tuple[str, _BatchNorm]]] = {}
-        owners = [("stem", supernet.stem), ("head", supernet.head)]
+        self._prefixes = {supernet.stem: "stem", supernet.head: "head"}
         for level, block in enumerate(supernet.blocks):
-            owners += [(f"blocks.{level}.{choice}", op) for choice, op in enumerate(block)]
-        for prefix, owner in owners:
-            self._of[owner] = [
-                (f"{prefix}.{name}" if name else prefix, module)
-                for name, module in owner.named_modules()
-                if isinstance(module, _BatchNorm) and module.track_running_stats
-            ]
+            self._prefixes.update((op, f"blocks.{level}.{i}") for i, op in enumerate(block))
+        self._of: dict[nn.Module, list[tuple[str, _BatchNorm]]] = {}
         self._layout = RowLayout(supernet.memory_format)
         self._folds = FoldCache()
         self._pairs: dict[nn.Module, list[tuple[nn.Conv2d, int]]] = {}
 
     def of(self, owner: nn.Module) -> list[tuple[str, _BatchNorm]]:
         """Names and batch norms of one owner, in the order of its modules."""
-        return self._of[owner]
+        found = self._of.get(owner)
+        if found is None:
+            prefix = self._prefixes[owner]
+            found = self._of[owner] = [
+                (f"{prefix}.{name}" if name else prefix, module)
+                for name, module in owner.named_modules()
+                if isinstance(module, _BatchNorm) and module.track_running_stats
+            ]
+        return found
 
     def items(self) -> Iterator[tuple[str, _BatchNorm]]:
         """Names and batch norms of the whole supernet."""
-        for found in self._of.values():
-            yield from found
+        for owner in self._prefixes:
+            yield from self.of(owner)
 
     def collect(self, owner: nn.Module, x: Tensor) -> tuple[Tensor, list[Moments]]:
         """Apply an owner with each batch norm normalising by this batch's own moments.
@@ -89,7 +91,7 @@ class BatchNorms:
         block = block_of(owner, x) if len(x) > 1 else None
         if block is not None:
             return block.train(x)
-        found = self._of[owner]
+        found = self.of(owner)
         moments = [
             (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))
             for _, norm in found
@@ -107,7 +109,7 @@ class BatchNorms:
     def impose(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
         """Apply an owner with the given statistics in place of its own."""
         if torch.is_grad_enabled() or _is_reference():
-            return self._with(owner, x, self._of[owner], moments, False)
+            return self._with(owner, x, self.of(owner), moments, False)
         block = block_of(owner, x)
         if block is not None:
             return block.infer(x, moments)
@@ -115,7 +117,7 @@ class BatchNorms:
 
     def _folded(self, owner: nn.Module, x: Tensor, moments: Sequence[Moments]) -> Tensor:
         """`_with` with the norms of pairs folded into their convolutions."""
-        found = self._of[owner]
+        found = self.of(owner)
         pairs = self._pairs_of(owner)
         if pairs:
             folds = [self._folds.of(conv, found[i][1], *moments[i]) for conv, i in pairs]
@@ -132,7 +134,7 @@ class BatchNorms:
     def _pairs_of(self, owner: nn.Module) -> list[tuple[nn.Conv2d, int]]:
         """Convolutions that take over a norm, and its place among the owner's."""
         if owner not in self._pairs:
-            place = {norm: i for i, (_, norm) in enumerate(self._of[owner])}
+            place = {norm: i for i, (_, norm) in enumerate(self.of(owner))}
             pairs = conv_norm_pairs(owner) if place else ()
             self._pairs[owner] = [(conv, place[norm]) for conv, norm in pairs if norm in place]
         return self._pairs[owner]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
+from fastshift.batch_norm import BatchNorms, evaluation_mode
 from fastshift.channel_moments import normalise_by_batch
 from fastshift.errors import SpaceError
 from fastshift.evaluator import Evaluator
@@ -189,7 +188,7 @@ def data():
     return synthetic_data(validation=(10, 6), calibration=(8, 5))
 
 
-ARCHS = np.array(list(itertools.product(range(2), range(2))), np.uint8)
+ARCHS = np.array([(0, 0), (0, 1), (1, 1)], np.uint8)
 
 
 def _logits(net, data, policy="running", archs=ARCHS, precision=None):
@@ -237,8 +236,13 @@ def test_a_pair_is_found_where_nothing_else_sees_the_convolutions_output(name):
     assert parts == {m: dict(vars(m)) for m in module.modules()}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *((name, policy) for name in ZOO for policy in ("recalibrate", "running")),
+        *((name, policy) for name in ("depthwise", "attention") for policy in ("batch", "ema")),
+    ],
+)
 def test_scores_are_those_of_the_modules_themselves(name, policy, data, monkeypatch):
     net = _supernet(ZOO[name][0])
     net.ema = {k: v.abs() + 0.1 for k, v in net.named_buffers() if "running" in k}
