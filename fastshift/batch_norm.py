@@ -19,15 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastshift.channel_moments import summed_in_chunks
 from fastshift.cpu import block_of
-from fastshift.folding import (
-    FoldCache,
-    NotAsTracedError,
-    apply_folded,
-    conv_norm_pairs,
-    unfold,
-)
+from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
+from fastshift.tracing import conv_norm_pairs, unfold
 
 __all__ = ["POLICIES", "BatchNorms", "MomentSums", "MovingAverages", "evaluation_mode", "start_ema"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastshift.folding import runs_as_written
+from fastshift.tracing import runs_as_written
 
 __all__ = ["normalise_by_batch", "summed_in_chunks"]
 

@@ -12,7 +12,7 @@ from fastshift.batch_norm import BatchNorms, evaluation_mode
 from fastshift.channel_moments import normalise_by_batch
 from fastshift.errors import SpaceError
 from fastshift.evaluator import Evaluator
-from fastshift.folding import Fold, FoldCache, conv_norm_pairs, fold
+from fastshift.folding import Fold, FoldCache, fold
 from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import ChainSupernet
 from fastshift.testing import (
@@ -25,6 +25,7 @@ from fastshift.testing import (
     snapshot,
     synthetic_data,
 )
+from fastshift.tracing import conv_norm_pairs
 from fastshift.trie import Plan
 
 WIDTH = 6

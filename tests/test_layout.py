@@ -26,6 +26,7 @@ ORDER = (
     "data",
     "layers",
     "cpu",
+    "tracing",
     "folding",
     "channel_moments",
     "row_layout",
