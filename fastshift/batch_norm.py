@@ -249,9 +249,12 @@ def start_ema(supernet: ChainSupernet) -> None:
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and afterwards each part back into the mode it was in."""
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    # Setting an attribute of a module is slow: 4 ms for 600 modules, a tenth of a path's score.
+    if any(mode for _, mode in modes):
+        module.eval()
     try:
         yield
     finally:
         for part, mode in modes:
-            part.training = mode
+            if part.training is not mode:
+                part.training = mode
