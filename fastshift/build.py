@@ -277,5 +277,6 @@ def place(config: Config, supernet: ChainSupernet) -> ChainSupernet:
         torch.backends.cudnn.benchmark = False
     supernet.to(device=device)
     if "layout" in config.values:
-        supernet.to(memory_format=memory_format(config))
+        supernet.memory_format = memory_format(config)
+        supernet.to(memory_format=supernet.memory_format)
     return supernet

@@ -164,7 +164,7 @@ def eval_step(
 
     def apply(owner: nn.Module, x: Tensor, sums: MomentSums | None) -> Tensor:
         if not norms.of(owner):
-            return owner(x)
+            return norms.impose(owner, x, [])
         if policy == "running":
             moments = [(norm.running_mean, norm.running_var) for _, norm in norms.of(owner)]
             return norms.impose(owner, x, moments)

@@ -98,6 +98,11 @@ class ChainSupernet(nn.Module):
         input_shape: `(C, H, W)` of an image; with it, FLOPs are counted by running one image.
         name: of the search space this makes.
 
+    Attributes:
+        memory_format: of the rows that are scored without a compiled kernel: `torch.channels_last`,
+            `torch.contiguous_format` (as the modules leave them), or None, the default: channels
+            last on a CPU, as the modules leave them elsewhere. The weights' own is untouched.
+
     Raises:
         SpaceError: a block is empty, a candidate cannot follow every candidate before it, or a
             module with weights or statistics stands in two places.
@@ -124,6 +129,7 @@ class ChainSupernet(nn.Module):
         self.identities = self.space.identities
         self.version = 0
         self.ema: dict[str, Tensor] = {}
+        self.memory_format: torch.memory_format | None = None
 
     def forward(self, images: Tensor, arch: Sequence[int] | str | np.ndarray) -> Tensor:
         """Logits of one path.

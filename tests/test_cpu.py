@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,6 +228,12 @@ def _op(make, channels, *, affine=True, seed=0):
 
 def _norms(module):
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def _batch_norms(module):
+    """The norms of one module, as of a supernet that has nothing else."""
+    parts = {"stem": module, "blocks": [], "head": nn.Identity(), "memory_format": None}
+    return BatchNorms(SimpleNamespace(**parts))
 
 
 def _rows(shape, seed=1):
@@ -728,8 +735,7 @@ def test_an_op_that_the_kernels_do_not_have_is_pytorchs(op):
     module = _randomised(OpModule(op))
     x = _rows((3, op.in_channels, 5, 4))
     assert cpu.block_of(module, x) is None
-    norms = BatchNorms.__new__(BatchNorms)
-    norms._of = {module: [(str(i), norm) for i, norm in enumerate(_norms(module))]}
+    norms = _batch_norms(module)
     with torch.no_grad():
         assert torch.equal(norms.collect(module, x)[0], copy.deepcopy(module)(x))
 
@@ -825,8 +831,7 @@ def test_instruction_sets_agree_up_to_rounding(monkeypatch, isa):
 @pytest.mark.parametrize("make", SOME)
 def test_collecting_and_imposing_agree_with_pytorchs_ops(make, monkeypatch):
     module, x = _op(make, 6), _rows((3, 6, 5, 4))
-    norms = BatchNorms.__new__(BatchNorms)
-    norms._of = {module: [(str(i), norm) for i, norm in enumerate(_norms(module))]}
+    norms = _batch_norms(module)
     results = []
     for backend in ("cpu", "reference"):
         monkeypatch.setenv("FASTSHIFT_BACKEND", backend)
