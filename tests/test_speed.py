@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import speed
@@ -166,3 +167,19 @@ def test_the_readmes_say_what_the_record_says(path):
     if speed.RECORD.exists():
         kept = json.loads(speed.RECORD.read_text())
         assert text == speed.section(text, speed.READMES[path](kept)), "run speed.py readme"
+
+
+def test_the_subset_takes_each_kind_of_its_ids():
+    taken = (
+        "bench_blocks.py::test_inference[shufflenet_v2-224-32-1-0-fp32]",
+        "bench_evaluator.py::test_generation[nasbench_macro-32-generation10-fp32]",
+        "bench_shift.py::test_accumulate[shufflenet_v2-64-10-fp32]",
+        "bench_shift.py::test_pretraining_step[nasbench_macro-32-fp32]",
+    )
+    left = (
+        "bench_blocks.py::test_inference[shufflenet_v2-224-32-1-0-bf16]",
+        "bench_generation.py::test_generation[nasbench_macro-32-generation10-fp32]",
+        "bench_shift.py::test_accumulate[shufflenet_v2-64-0-fp32]",
+    )
+    assert all(re.search(speed.SUBSET, name) for name in taken)
+    assert not any(re.search(speed.SUBSET, name) for name in left)
