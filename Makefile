@@ -1,7 +1,7 @@
 # Everything is made inside this folder: `.venv`, `build`, `runs`. `make PYTHON=/path/to/python search` picks a Python.
 
 .DELETE_ON_ERROR:
-.PHONY: search test test-slow sanitize bench lint format gpu-static clean distclean
+.PHONY: search test test-slow sanitize bench speed lint format gpu-static clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,6 +57,12 @@ sanitize: $(VENV)/.made-test
 
 bench: $(VENV)/.made-test
 	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)
+
+# The speed record and what the READMEs say of it: about half an hour on two quiet cores.
+speed: $(VENV)/.made-test
+	$(BIN)/python benchmarks/speed.py record --threads 1 $(ARGS)
+	$(BIN)/python benchmarks/speed.py record --threads 2 --subset
+	$(BIN)/python benchmarks/speed.py readme
 
 lint: $(VENV)/.made-lint
 	$(BIN)/ruff check .

@@ -1,76 +1,108 @@
-"""What the compiled CPU core is timed beside: PyTorch's own best, layout by layout."""
+"""What the compiled CPU core is timed beside: PyTorch's own best, one path at a time.
+
+The baseline is eager PyTorch on cached data, channels first and channels last, in the precision of
+what it is compared with; `FASTSHIFT_BENCH_COMPILE=1` adds `torch.compile` block by block. Beyond
+that definition, batch norms folded into their convolutions stand apart as `folded`. In bf16 each
+runs under autocast, for inference with its convolutions cast to bfloat16 as well (`cast`).
+"""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fastshift.evaluator import PRECISIONS, precision_scope
 from fastshift.layers import ConvUnit
 
-__all__ = ["LAYOUTS", "best_seconds", "ceiling", "compiled", "folded", "layout"]
+__all__ = [
+    "LAYOUTS",
+    "PRECISIONS",
+    "Variant",
+    "ceiling",
+    "folded",
+    "median_seconds",
+    "race",
+    "scope",
+    "variants",
+]
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # Compiling costs minutes; it is asked for.
 COMPILES = os.environ.get("FASTSHIFT_BENCH_COMPILE") == "1"
 
 
-def best_seconds(call: Callable[[], object], rounds: int = 5) -> float:
-    """The fastest of some calls, after one that is not counted."""
+def scope(precision: str) -> AbstractContextManager:
+    """Autocast on CPUs for `bf16`, nothing for `fp32`."""
+    return precision_scope(precision, torch.device("cpu"))
+
+
+def median_seconds(call: Callable[[], object], rounds: int = 5) -> float:
+    """The median of some calls, after one that is not counted."""
     call()
-    times = []
-    for _ in range(rounds):
-        begin = perf_counter()
-        call()
-        times.append(perf_counter() - begin)
-    return min(times)
+    return median(seconds(call)[0] for _ in range(rounds))
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """How long a call takes, and what it gives."""
+    begin = perf_counter()
+    found = call()
+    return perf_counter() - begin, found
 
 
 def ceiling() -> dict[str, float]:
-    """What this machine can do now: a large matrix product in GFLOP/s, a large copy in GB/s."""
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    """What this machine can do now: large matrix products in GFLOP/s, a large copy in GB/s."""
+
+    def fastest(call: Callable[[], object]) -> float:
+        call()
+        return min(seconds(call)[0] for _ in range(5))
+
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2, 1536, 1536, dtype=dtype)
+        found[f"{name}_gflops"] = round(2e-9 * 1536**3 / fastest(lambda a=a, b=b: a @ b), 1)
     x = torch.randn(1 << 25)
     y = torch.empty_like(x)
-    return {
-        "gflops": 2 * 1536**3 / best_seconds(lambda: a @ b) / 1e9,
-        "copy_gb": 8 * x.numel() / best_seconds(lambda: y.copy_(x)) / 1e9,
-    }
-
-
-def layout(module: nn.Module, name: str) -> nn.Module:
-    """A copy of a module with its weights in a memory format of `LAYOUTS`."""
-    return copy.deepcopy(module).to(memory_format=LAYOUTS[name])
+    found["copy_gb"] = round(8e-9 * x.numel() / fastest(lambda: y.copy_(x)), 1)
+    return found
 
 
 class _Folded(nn.Module):
     def __init__(self, unit: ConvUnit) -> None:
         super().__init__()
-        plain = nn.Conv2d(
-            unit.in_channels,
-            unit.out_channels,
-            unit.kernel_size,
-            unit.stride,
-            unit.padding,
-            groups=unit.groups,
-            bias=False,
+        norm = unit.norm
+        self.weight, self.bias = fuse_conv_bn_weights(
+            unit.weight,
+            None,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
-        plain.weight = unit.weight
-        self.conv = fuse_conv_bn_eval(plain.eval(), unit.norm.eval())
+        self.bias.data = self.bias.to(self.weight.dtype)
+        self.options = unit.stride, unit.padding, unit.dilation, unit.groups
         self.relu = unit.activation == "relu"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        y = functional.conv2d(x, self.weight, self.bias, *self.options)
         return torch.relu_(y) if self.relu else y
 
 
 def folded(module: nn.Module) -> nn.Module:
-    """A copy of a module whose batch norms are folded into their convolutions."""
-    module = copy.deepcopy(module).eval()
+    """A module whose batch norms are folded into its convolutions; the rest is shared."""
+    kept = [*module.parameters(), *module.buffers()]
+    module = copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ConvUnit):
@@ -78,6 +110,96 @@ def folded(module: nn.Module) -> nn.Module:
     return module
 
 
-def compiled(module: nn.Module) -> nn.Module | None:
-    """The module under `torch.compile`, or None where compiling was not asked for."""
-    return torch.compile(module, fullgraph=True) if COMPILES else None
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the baseline.
+
+    Attributes:
+        precision: `fp32` or `bf16`.
+        kind: `eager`, `compiled` (block by block) or `folded`.
+        layout: of `LAYOUTS`.
+        cast: weights and rows are bfloat16, in place of autocast; the norms keep their statistics
+            in float32.
+    """
+
+    precision: str
+    kind: str
+    layout: str
+    cast: bool = False
+
+    @property
+    def name(self) -> str:
+        """As records show it."""
+        return f"{self.kind} {self.layout}" + (" cast" if self.cast else "")
+
+    def scope(self) -> AbstractContextManager:
+        """What its calls run under."""
+        return nullcontext() if self.cast else scope(self.precision)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Images or rows as it takes them."""
+        x = x.contiguous(memory_format=LAYOUTS[self.layout])
+        return x.bfloat16() if self.cast else x
+
+    def copy_of(self, net: nn.Module) -> nn.Module:
+        """A copy of a module with weights as it takes them."""
+        net = copy.deepcopy(net).to(memory_format=LAYOUTS[self.layout])
+        if self.cast:
+            net.bfloat16()
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.float()
+        if self.kind == "compiled":
+            # One code object serves every candidate op.
+            torch._dynamo.config.recompile_limit = 10_000
+            blocks = [op for block in getattr(net, "blocks", []) for op in block]
+            for module in blocks or [net]:
+                module.compile(fullgraph=True)
+        return net
+
+
+def variants(precision: str, *, training: bool = False) -> list[Variant]:
+    """Every way to run the baseline in a precision."""
+    kinds = ["eager"] + ["compiled"] * COMPILES + ["folded"] * (not training)
+    casts = (False, True) if precision == "bf16" and not training else (False,)
+    # Autocast would cast folded weights at every call; cast once, they are the stronger.
+    return [
+        Variant(precision, kind, name, cast)
+        for kind in kinds
+        for name in LAYOUTS
+        for cast in (casts[-1:] if kind == "folded" else casts)
+    ]
+
+
+def race(
+    calls: dict[str, Callable[[Sequence], Any]],
+    sample: Sequence,
+    everything: Sequence,
+    timed: bool = True,
+) -> tuple[dict[str, float], dict[str, float], Any]:
+    """Try every variant on a sample, then time the fastest on everything.
+
+    Args:
+        calls: of each variant, by name; each takes candidates.
+        sample: of the candidates; each variant runs it twice, the second time counts.
+        everything: all candidates; run once by the fastest variant, and once by the fastest that is
+            not `folded` where that is another one.
+        timed: else each variant runs the sample once.
+
+    Returns:
+        Seconds of each variant on the sample, of the fastest on everything, and what the fastest
+        that is not folded gave.
+    """
+    tried = {}
+    for name, call in calls.items():
+        if timed:
+            call(sample)
+        tried[name] = seconds(lambda c=call: c(sample))[0]
+    plain = min((name for name in tried if not name.startswith("folded")), key=tried.get)
+    times, found = {}, None
+    for name in dict.fromkeys((plain, min(tried, key=tried.get))):
+        if name.startswith("compiled"):
+            calls[name](everything)
+        times[name], given = seconds(lambda n=name: calls[n](everything))
+        found = given if name == plain else found
+    return tried, times, found

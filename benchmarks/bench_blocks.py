@@ -1,19 +1,21 @@
 """One candidate op: the compiled CPU kernels beside PyTorch's best, inference and training.
 
-PyTorch runs the same op channels first and channels last, for inference with its batch norms
-folded into the convolutions as well; `FASTSHIFT_BENCH_COMPILE=1` adds `torch.compile`. The fastest
-of them is the baseline. Results are compared before they are timed. `extra_info` holds GFLOP/s, the
-share of this machine's matrix product, every baseline's time and the ratio to the fastest.
+Every baseline's median is recorded. Results are compared before they are timed: in fp32 with
+float64, in bf16 with fp32, loosely, since autocast rounds every tensor.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from baselines import LAYOUTS, best_seconds, ceiling, compiled, folded, layout
+from baselines import PRECISIONS, folded, median_seconds, scope, seconds, variants
+from recording import figures, kernels, note
+from torch import nn
 
 from fastshift import spaces
-from fastshift.cpu import CpuBlock
+from fastshift.batch_norm import BatchNorms
 from fastshift.layers import OpModule
 from fastshift.ops import chain_output_size
 from fastshift.testing import global_error
@@ -30,85 +32,116 @@ BLOCKS = [
     ("nasbench_macro", 32, 64, 3, 2),
     ("nasbench_macro", 32, 64, 6, 2),
 ]
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+each_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "-".join(map(str, b)))
+each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
-@pytest.fixture(scope="module")
-def peak():
-    return ceiling()
+class Case:
+    """One op, its input, and the call that picks what runs it."""
+
+    def __init__(self, block, precision, enabled):
+        self.name, self.size, images, self.level, self.choice = block
+        self.images = images if enabled else 2
+        self.rounds = 7 if enabled else 1
+        space = spaces.build(self.name, image_size=self.size)
+        op = space.blocks[self.level][self.choice]
+        height = chain_output_size(space.stem, self.size)
+        for before in space.blocks[: self.level]:
+            height = before[0].output_size(height)
+        torch.manual_seed(0)
+        self.module = OpModule(op)
+        self.x = torch.randn(self.images, op.in_channels, height, height).relu()
+        if precision == "bf16":
+            self.x = self.x.bfloat16()
+        self.rows = self.x.contiguous(memory_format=torch.channels_last)
+        self.gflop = 2e-9 * op.flops(height) * self.images
+        self.precision = precision
+        self.norms = BatchNorms(SimpleNamespace(stem=self.module, head=nn.Identity(), blocks=[]))
+
+    def measure(self, benchmark, call):
+        benchmark.pedantic(call, rounds=self.rounds, iterations=3, warmup_rounds=1)
+
+    def note(self, benchmark, item, times, gflop, compile_seconds):
+        if benchmark.stats is None:
+            return
+        with scope(self.precision):
+            ran = kernels(self.module, self.rows)
+        note(
+            benchmark,
+            item,
+            space=self.name,
+            size=self.size,
+            block=self.level,
+            choice=self.choice,
+            images=self.images,
+            precision=self.precision,
+            kernels=ran,
+            gflop=round(gflop, 4),
+            compile_seconds=compile_seconds,
+            **figures(benchmark.stats.stats.median, times),
+        )
 
 
-def case(name, size, images, level, choice):
-    space = spaces.build(name, image_size=size)
-    op = space.blocks[level][choice]
-    height = chain_output_size(space.stem, size)
-    for before in space.blocks[:level]:
-        height = before[0].output_size(height)
-    torch.manual_seed(0)
-    x = torch.randn(images, op.in_channels, height, height).relu()
-    return OpModule(op), x, 2 * op.flops(height) * images
+def first_call(variant, call):
+    """Seconds of a compiled variant's first call; nothing of another's."""
+    return {variant.name: round(seconds(call)[0], 1)} if variant.kind == "compiled" else {}
 
 
-def record(benchmark, peak, seconds, baselines, flops):
-    benchmark.extra_info["baseline_ms"] = {k: round(1e3 * v, 3) for k, v in baselines.items()}
-    best = min(baselines, key=baselines.get)
-    benchmark.extra_info.update(
-        baseline=best,
-        ratio=round(baselines[best] / seconds, 2),
-        gflops=round(flops / seconds / 1e9, 1),
-        share_of_ceiling=round(flops / seconds / 1e9 / peak["gflops"], 3),
-        threads=torch.get_num_threads(),
-    )
-    print(f"\n{benchmark.name}: {benchmark.extra_info}")
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "-".join(map(str, b)))
-def test_inference(benchmark, peak, block):
-    module, x, flops = case(*block)
-    module.eval()
-    core = CpuBlock(module)
-    moments = [(unit.norm.running_mean, unit.norm.running_var) for unit in core.units]
-    ours = x.contiguous(memory_format=torch.channels_last)
-    baselines = {}
+@each_precision
+@each_block
+def test_inference(benchmark, block, precision):
+    case = Case(block, precision, benchmark.enabled)
+    module = case.module.eval()
+    moments = [(norm.running_mean, norm.running_var) for _, norm in case.norms.of(module)]
+    times, compiling = {}, {}
     with torch.no_grad():
-        want = module.double()(x.double())
+        want = module.double()(case.x.double())
         module.float()
-        assert global_error([core.infer(ours, moments)], [want]) < 1e-5
-        for name, memory_format in LAYOUTS.items():
-            rows = x.contiguous(memory_format=memory_format)
-            kinds = {"eager": layout(module, name), "folded": layout(folded(module), name)}
-            kinds["compiled"] = compiled(kinds["folded"])
-            for kind, net in kinds.items():
-                if net is not None:
-                    baselines[f"{kind} {name}"] = best_seconds(lambda n=net, r=rows: n(r))
-        benchmark(core.infer, ours, moments)
-    if benchmark.stats is not None:
-        record(benchmark, peak, benchmark.stats.stats.min, baselines, flops)
+
+        def ours():
+            with scope(precision):
+                return case.norms.impose(module, case.rows, moments)
+
+        assert global_error([ours()], [want]) < TOLERANCE[precision]
+        for variant in variants(precision):
+            net, rows = variant.copy_of(module), variant.rows(case.x)
+            net = folded(net) if variant.kind == "folded" else net
+            with variant.scope():
+                compiling |= first_call(variant, lambda n=net, r=rows: n(r))
+                times[variant.name] = median_seconds(lambda n=net, r=rows: n(r), case.rounds)
+        case.measure(benchmark, ours)
+    case.note(benchmark, "block inference", times, case.gflop, compiling)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "-".join(map(str, b)))
-def test_training(benchmark, peak, block):
-    module, x, flops = case(*block)
-    module.train()
-    core = CpuBlock(module)
-    rows = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+@each_precision
+@each_block
+def test_training(benchmark, block, precision):
+    case = Case(block, precision, benchmark.enabled)
+    module = case.module.train()
+    rows = case.rows.requires_grad_()
+
+    def ours(dy=None):
+        with scope(precision):
+            y = case.norms.collect(module, rows)[0]
+        return y if dy is None else y.backward(dy)
+
     with torch.no_grad():
-        dy = torch.randn_like(core.train(rows)[0])
+        given = ours()
+        own_dy = torch.randn_like(given)
+    times, compiling = {}, {}
+    for variant in variants(precision, training=True):
+        net, own = variant.copy_of(module), variant.rows(case.x.detach()).requires_grad_()
+        dy = variant.rows(own_dy)
 
-    def ours():
-        core.train(rows)[0].backward(dy)
+        def call(net=net, own=own, dy=dy, variant=variant):
+            with variant.scope():
+                y = net(own)
+            y.backward(dy.to(y.dtype))
 
-    baselines = {}
-    for name, memory_format in LAYOUTS.items():
-        net = layout(module, name)
-        own = x.contiguous(memory_format=memory_format).requires_grad_()
-        own_dy = dy.contiguous(memory_format=memory_format)
-        for kind, call in (("eager", net), ("compiled", compiled(net))):
-            if call is not None:
-                baselines[f"{kind} {name}"] = best_seconds(
-                    lambda c=call, r=own, d=own_dy: c(r).backward(d)
-                )
-        with torch.no_grad():
-            assert global_error([core.train(rows)[0]], [net(own)]) < 1e-5
-    benchmark(ours)
-    if benchmark.stats is not None:
-        record(benchmark, peak, benchmark.stats.stats.min, baselines, 3 * flops)
+        compiling |= first_call(variant, call)
+        times[variant.name] = median_seconds(call, case.rounds)
+        with torch.no_grad(), variant.scope():
+            assert global_error([given], [net(own)]) < TOLERANCE[precision]
+    case.measure(benchmark, lambda: ours(own_dy))
+    case.note(benchmark, "block training", times, 3 * case.gflop, compiling)

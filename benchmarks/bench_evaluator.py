@@ -1,105 +1,199 @@
-"""A generation of 50 calibrated and scored: each lever alone, beside a strong sequential baseline.
+"""A generation of 50 calibrated and scored, beside a strong sequential baseline; and each lever.
 
-The baseline scores one path at a time: cached batches, no gradients, no copy of a weight, channels
-first and channels last, the fastest taken. Scores are compared before anything is timed. The
-levers: the trie (PyTorch's ops, shared), fused kernels (one path at a time), and both, the default.
+The baseline scores one path at a time: cached batches, no gradients, no copy of a weight. Every
+variant of it is tried on some candidates, the fastest runs them all. Scores are compared before
+anything counts.
 """
 
 from __future__ import annotations
-
-import copy
-from time import perf_counter
 
 import generations
 import numpy as np
 import pytest
 import torch
-from baselines import LAYOUTS, ceiling, layout
+from baselines import PRECISIONS, folded, race, scope, seconds, variants
+from recording import figures, kernels, note
 from torch import nn
 from torch.nn import functional
 
 from fastshift import spaces
+from fastshift.batch_norm import BatchNorms, evaluation_mode
 from fastshift.evaluator import Evaluator
+from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import Supernet, recalibrate
+from fastshift.trie import Plan
 
-# Space, image size, calibration and scored images.
-CASES = [("nasbench_macro", 32, 32, 64), ("shufflenet_v2", 64, 32, 64)]
-FOUND: dict[str, dict] = {}
+# Space, image size, calibration and scored images, generations.
+CASES = [
+    ("nasbench_macro", 32, 8, 16, generations.KEPT),
+    ("shufflenet_v2", 64, 8, 8, generations.KEPT),
+    ("shufflenet_v2", 224, 2, 4, generations.KEPT[-1:]),
+]
+CELLS = [(*case[:4], generation) for case in CASES for generation in case[4]]
+LAST = [cell for cell in CELLS if cell[4] == generations.KEPT[-1]]
+# Losses: bf16 rounds every tensor, and which op rounds where differs between the paths.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+SAMPLE = slice(0, None, 17)
 
 
-def setting(name, size, calibration, scored):
-    torch.manual_seed(0)
-    supernet = Supernet(spaces.build(name, image_size=size, num_classes=10))
-    supernet.to(memory_format=torch.channels_last).eval()
-    images = torch.randn(calibration + scored, 3, size, size)
-    labels = torch.arange(calibration + scored) % 10
-    first = [(images[:calibration], labels[:calibration])]
-    return supernet, first, [(images[calibration:], labels[calibration:])]
+def label(cell):
+    return f"{cell[0]}-{cell[1]}-generation{cell[4]}"
+
+
+class Setting:
+    """A supernet, its batches and a generation; tiny where nothing is timed."""
+
+    def __init__(self, cell, precision, enabled):
+        self.space, self.size, calibration, scored, self.generation = cell
+        if not enabled:
+            scored = 4
+        torch.manual_seed(0)
+        self.supernet = Supernet(spaces.build(self.space, image_size=self.size, num_classes=10))
+        self.supernet.to(memory_format=torch.channels_last).eval()
+        images = torch.randn(calibration + scored, 3, self.size, self.size)
+        labels = torch.arange(calibration + scored) % 10
+        self.calibration = [(images[:calibration], labels[:calibration])]
+        self.batches = [(images[calibration:], labels[calibration:])]
+        self.images = calibration + scored
+        archs = generations.load(self.space)[self.generation]
+        self.archs = archs if enabled else archs[:2]
+        self.precision = precision
+
+    def evaluator(self, precision=None):
+        return Evaluator(
+            self.supernet,
+            self.batches,
+            calibration=self.calibration,
+            precision=precision or self.precision,
+        )
+
+    def fields(self, sharing):
+        with scope(self.precision), torch.no_grad():
+            ran = kernels(self.supernet.stem, self.batches[0][0])
+        computed = 2e-9 * float(self.supernet.space.flops(self.archs).sum()) * self.images / sharing
+        return {
+            "space": self.space,
+            "size": self.size,
+            "generation": self.generation,
+            "calibration_images": len(self.calibration[0][0]),
+            "scored_images": len(self.batches[0][0]),
+            "precision": self.precision,
+            "kernels": ran,
+            "gflop": round(computed, 3),
+        }
 
 
 @torch.no_grad()
-def one_at_a_time(supernet, archs, calibration, batches):
+def one_at_a_time(variant, supernet, archs, calibration, batches):
     """Mean cross-entropies by plain modules that share the supernet's weights."""
     losses = []
-    for arch in archs:
-        ops = [block[int(choice)] for block, choice in zip(supernet.blocks, arch, strict=True)]
-        net = recalibrate(nn.Sequential(supernet.stem, *ops, supernet.head), calibration)
-        losses.append(np.mean([float(functional.cross_entropy(net(x), y)) for x, y in batches]))
+    with variant.scope():
+        for arch in archs:
+            ops = [block[int(choice)] for block, choice in zip(supernet.blocks, arch, strict=True)]
+            net = recalibrate(nn.Sequential(supernet.stem, *ops, supernet.head), calibration)
+            net = folded(net) if variant.kind == "folded" else net
+            found = [float(functional.cross_entropy(net(x).float(), y)) for x, y in batches]
+            losses.append(np.mean(found))
     return np.array(losses)
 
 
-def seconds(call):
-    begin = perf_counter()
-    found = call()
-    return perf_counter() - begin, found
-
-
-@pytest.fixture(scope="module")
-def peak():
-    return ceiling()
-
-
-@pytest.mark.parametrize("generation", generations.KEPT)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
-def test_generation(benchmark, peak, monkeypatch, case, generation):
-    supernet, calibration, batches = setting(*case)
-    archs = generations.load(case[0])[generation]
-    shared = Evaluator(supernet, batches, calibration=calibration)
-    shared.evaluate(archs[:2])
-    result = benchmark.pedantic(shared.evaluate, (archs,), rounds=3, warmup_rounds=0)
-    if benchmark.stats is None:
-        archs = archs[:2]
-        result = shared.evaluate(archs)
-    times = {}
-    for name, memory_format in LAYOUTS.items():
-        net = layout(copy.deepcopy(supernet), name)
-        move = [
-            [(x.contiguous(memory_format=memory_format), y) for x, y in part]
-            for part in (calibration, batches)
+def contestants(setting):
+    calls = {}
+    for variant in variants(setting.precision):
+        net = variant.copy_of(setting.supernet)
+        parts = [
+            [(variant.rows(x), y) for x, y in part]
+            for part in (setting.calibration, setting.batches)
         ]
-        one_at_a_time(net, archs[:2], *move)
-        times[f"sequential {name}"], losses = seconds(
-            lambda n=net, m=move: one_at_a_time(n, archs, *m)
+        calls[variant.name] = lambda archs, v=variant, n=net, p=parts: one_at_a_time(
+            v, n, archs, *p
         )
-        np.testing.assert_allclose(result.losses, losses, rtol=1e-4)
-    alone = [archs[i : i + 1] for i in range(len(archs))]
-    times["fusion alone"], _ = seconds(lambda: [shared.evaluate(arch) for arch in alone])
-    monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
-    times["trie alone"], plain = seconds(lambda: shared.evaluate(archs))
-    np.testing.assert_allclose(result.losses, plain.losses, rtol=1e-4)
+    return calls
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cell", CELLS, ids=label)
+def test_generation(benchmark, cell, precision):
+    if not benchmark.enabled and (cell not in LAST or cell[1] > 64):
+        pytest.skip("one generation of small images is enough where nothing is timed")
+    setting = Setting(cell, precision, benchmark.enabled)
+    archs = setting.archs
+    shared = setting.evaluator()
+    shared.evaluate(archs[:2])
+    tried, times, losses = race(contestants(setting), archs[SAMPLE], archs, benchmark.enabled)
+    rounds = 3 if benchmark.enabled else 1
+    result = benchmark.pedantic(shared.evaluate, (archs,), rounds=rounds)
+    np.testing.assert_allclose(result.losses, losses, rtol=TOLERANCE[precision])
     if benchmark.stats is None:
         return
-    best = min(times["sequential nchw"], times["sequential nhwc"])
-    own = benchmark.stats.stats.min
-    images = case[2] + case[3]
-    gflops = 2e-9 * float(supernet.space.flops(archs).sum()) * images / own
-    benchmark.extra_info.update(
-        seconds={key: round(value, 3) for key, value in times.items()},
-        sharing=round(result.sharing, 3),
-        ratio=round(best / own, 2),
-        ratio_over_sharing=round(best / own / result.sharing, 2),
+    own = benchmark.stats.stats.median
+    note(
+        benchmark,
+        "evaluator",
+        **setting.fields(result.sharing),
+        **figures(own, times, result.sharing),
+        sampled_seconds={name: round(t, 3) for name, t in tried.items()},
         archs_per_second=round(len(archs) / own, 1),
-        share_of_ceiling_times_sharing=round(gflops / peak["gflops"] / result.sharing, 3),
-        threads=torch.get_num_threads(),
     )
-    print(f"\n{benchmark.name}: {benchmark.extra_info}")
+
+
+@torch.no_grad()
+def calibrate_one_at_a_time(setting):
+    """Scores shared, the statistics of each candidate made on their own."""
+    supernet, norms = setting.supernet, BatchNorms(setting.supernet)
+    plan = Plan(setting.archs)
+    statistics = Statistics.empty(plan)
+    losses = 0
+    with evaluation_mode(supernet), scope(setting.precision):
+        for leaf, arch in enumerate(plan.archs):
+            alone = Plan(arch[None])
+            own = Statistics.empty(alone)
+            for x, _ in setting.calibration:
+                calibrate_step(supernet, norms, alone, x, own)
+            statistics.stem, statistics.leaves[leaf] = own.stem, own.leaves[0]
+            for level, offsets in enumerate(plan.offsets):
+                node = int(np.searchsorted(offsets, leaf, "right")) - 1
+                statistics.nodes[level][node] = own.nodes[level][0]
+        for x, y in setting.batches:
+            losses += eval_step(supernet, norms, plan, x, y, "recalibrate", statistics)[1].numpy()
+    return losses[plan.inverse] / sum(len(y) for _, y in setting.batches)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cell", LAST, ids=label)
+def test_levers(benchmark, monkeypatch, cell, precision):
+    setting = Setting(cell, precision, benchmark.enabled)
+    archs = setting.archs
+    shared = setting.evaluator()
+    shared.evaluate(archs[:2])
+
+    def trie_off():
+        return np.concatenate([shared.evaluate(archs[i : i + 1]).losses for i in range(len(archs))])
+
+    off = {}
+    off["trie"], found = seconds(trie_off)
+    losses = {"trie": found}
+    off["calibration sharing"], losses["calibration sharing"] = seconds(
+        lambda: calibrate_one_at_a_time(setting)
+    )
+    if precision == "bf16":
+        full = setting.evaluator("fp32")
+        full.evaluate(archs[:2])
+        off["precision"], found = seconds(lambda: full.evaluate(archs))
+    with monkeypatch.context() as patch:
+        patch.setenv("FASTSHIFT_BACKEND", "reference")
+        shared.evaluate(archs[:2])
+        off["fusion"], found = seconds(lambda: shared.evaluate(archs))
+        losses["fusion"] = found.losses
+    result = benchmark.pedantic(shared.evaluate, (archs,), rounds=3 if benchmark.enabled else 1)
+    for lever, found in losses.items():
+        np.testing.assert_allclose(
+            result.losses, found, rtol=TOLERANCE[precision], err_msg=f"without {lever}"
+        )
+    note(
+        benchmark,
+        "evaluator levers",
+        **setting.fields(result.sharing),
+        sharing=round(result.sharing, 3),
+        without={lever: round(t, 3) for lever, t in off.items()},
+    )

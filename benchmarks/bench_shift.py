@@ -1,19 +1,18 @@
-"""Training: one accumulated shift update on a generation of 50, and one pre-training step.
+"""Training: one accumulated shift update on a generation of 50, one pre-training step; the levers.
 
-The baseline runs one path at a time through plain modules and adds the gradients up, channels first
-and channels last, the fastest taken. Losses are compared before anything is timed; gradients, which
-in fp32 depend on the layout by a few percent in networks as deep as these, are the tests' matter.
+The baseline runs one path at a time through plain modules, adds the gradients up and takes one step
+of SGD. Losses are compared before anything counts; gradients, which in fp32 depend on the layout by
+a few percent in networks as deep as these, are the tests' matter.
 """
 
 from __future__ import annotations
-
-from time import perf_counter
 
 import generations
 import numpy as np
 import pytest
 import torch
-from baselines import LAYOUTS, layout
+from baselines import PRECISIONS, median_seconds, race, scope, seconds, variants
+from recording import figures, kernels, note
 from torch.nn import functional
 
 from fastshift import spaces
@@ -24,92 +23,174 @@ from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
 
 # Space, image size, images of an update on a generation, and of a pre-training step.
-CASES = [("nasbench_macro", 32, 16, 64), ("shufflenet_v2", 64, 16, 64)]
+CASES = [("nasbench_macro", 32, 8, 64), ("shufflenet_v2", 64, 8, 64)]
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+SAMPLE = slice(0, None, 17)
+# A rate of nought keeps every variant at the same weights; the work is the same.
+SGD = {"lr": 0.0, "momentum": 0.9, "weight_decay": 4e-5}
+each_precision = pytest.mark.parametrize("precision", PRECISIONS)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
 
 
-def setting(name, size, images):
-    torch.manual_seed(0)
-    supernet = Supernet(spaces.build(name, image_size=size, num_classes=10)).train()
-    for module in supernet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    supernet.to(memory_format=torch.channels_last)
-    return supernet, torch.randn(images, 3, size, size), torch.arange(images) % 10
+class Setting:
+    """A supernet in training mode, one batch, and the candidates of an update."""
+
+    def __init__(self, case, images, precision, archs):
+        self.space, self.size = case[:2]
+        self.precision, self.archs = precision, archs
+        torch.manual_seed(0)
+        space = spaces.build(self.space, image_size=self.size, num_classes=10)
+        self.supernet = Supernet(space).train()
+        for module in self.supernet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        self.supernet.to(memory_format=torch.channels_last)
+        self.images = torch.randn(images, 3, self.size, self.size)
+        self.labels = torch.arange(images) % 10
+        self.plan = Plan(np.asarray(archs, np.uint8))
+        self.sharing = self.plan.sharing(space.flops_table)
+        self.norms = BatchNorms(self.supernet)
+
+    def losses(self, plan):
+        """Of a plan's rows, without a step; the gradients are added up."""
+        with scope(self.precision):
+            found = train_step(
+                self.supernet,
+                self.norms,
+                plan,
+                self.images,
+                self.labels,
+                MovingAverages(self.norms),
+                key=(0, 0),
+            )
+        return found.numpy()[plan.inverse]
+
+    def check(self, wanted, what="the baseline"):
+        """Compare the shared losses with others."""
+        found = self.losses(self.plan)
+        self.supernet.zero_grad(set_to_none=True)
+        np.testing.assert_allclose(
+            found, wanted, rtol=TOLERANCE[self.precision], err_msg=f"against {what}"
+        )
+
+    def update(self, precision=None):
+        """One whole update, ready to be called."""
+        trainer = PathTrainer(
+            self.supernet, **SGD, label_smoothing=0.0, precision=precision or self.precision
+        )
+        return lambda: trainer.update(self.plan, self.images, self.labels, position=0)
+
+    def fields(self):
+        with scope(self.precision):
+            ran = kernels(self.supernet.stem, self.images)
+        computed = 6e-9 * float(self.supernet.space.flops(self.archs).sum()) * len(self.labels)
+        return {
+            "space": self.space,
+            "size": self.size,
+            "images": len(self.labels),
+            "precision": self.precision,
+            "kernels": ran,
+            "gflop": round(computed / self.sharing, 3),
+        }
 
 
-def one_at_a_time(net, archs, images, labels):
-    """Add up the gradients of every path's loss; the losses."""
-    net.zero_grad(set_to_none=True)
-    losses = []
-    for arch in archs:
-        loss = functional.cross_entropy(net(images, arch), labels)
-        loss.backward()
-        losses.append(float(loss.detach()))
-    return losses
+def contestants(setting):
+    calls = {}
+    for variant in variants(setting.precision, training=True):
+        net, images = variant.copy_of(setting.supernet), variant.rows(setting.images)
+        optimizer = torch.optim.SGD(net.parameters(), **SGD)
+
+        def call(archs, net=net, images=images, optimizer=optimizer, variant=variant):
+            optimizer.zero_grad(set_to_none=True)
+            losses = []
+            with variant.scope():
+                for arch in archs:
+                    loss = functional.cross_entropy(net(images, arch).float(), setting.labels)
+                    loss.backward()
+                    losses.append(float(loss.detach()))
+            optimizer.step()
+            return losses
+
+        calls[variant.name] = call
+    return calls
 
 
-def baselines(supernet, archs, images, labels, rounds):
-    """Seconds by layout, and the losses."""
-    times, losses = {}, None
-    for name, memory_format in LAYOUTS.items():
-        net = layout(supernet, name)
-        rows = images.contiguous(memory_format=memory_format)
-        one_at_a_time(net, archs[:1], rows, labels)
-        for _ in range(rounds):
-            begin = perf_counter()
-            losses = one_at_a_time(net, archs, rows, labels)
-            taken = perf_counter() - begin
-            times[name] = min(times.get(name, taken), taken)
-    return times, losses
-
-
-def run(benchmark, supernet, archs, images, labels, rounds):
-    """Compare the losses, then time whole updates."""
-    plan = Plan(np.asarray(archs, np.uint8))
-    norms = BatchNorms(supernet)
-    times, wanted = baselines(supernet, archs, images, labels, rounds)
-    averages = MovingAverages(norms)
-    found = train_step(supernet, norms, plan, images, labels, averages, key=(0, 0))
-    np.testing.assert_allclose(found.numpy()[plan.inverse], wanted, rtol=1e-3)
-    supernet.zero_grad(set_to_none=True)
-    trainer = PathTrainer(supernet, lr=1e-6)
-    benchmark.pedantic(
-        trainer.update,
-        (plan, images, labels),
-        {"position": 0},
-        rounds=max(3, rounds),
-        warmup_rounds=1,
-    )
-    return times, plan
-
-
+@each_precision
 @pytest.mark.parametrize("generation", generations.KEPT)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
-def test_accumulate(benchmark, case, generation):
-    supernet, images, labels = setting(case[0], case[1], case[2])
+@each_case
+def test_accumulate(benchmark, case, generation, precision):
+    if not benchmark.enabled and generation != generations.KEPT[-1]:
+        pytest.skip("one generation is enough where nothing is timed")
     archs = generations.load(case[0])[generation][: None if benchmark.enabled else 2]
-    times, plan = run(benchmark, supernet, archs, images, labels, 1)
-    record(benchmark, times, plan.sharing(supernet.space.flops_table))
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
-def test_pretraining_step(benchmark, case):
-    supernet, images, labels = setting(case[0], case[1], case[3])
-    archs = generations.load(case[0])[0][:1]
-    times, _ = run(benchmark, supernet, archs, images, labels, 5)
-    record(benchmark, times, 1.0)
-
-
-def record(benchmark, times, sharing):
+    setting = Setting(case, case[2], precision, archs)
+    tried, times, losses = race(contestants(setting), archs[SAMPLE], archs, benchmark.enabled)
+    setting.check(losses)
+    rounds = 3 if benchmark.enabled else 1
+    benchmark.pedantic(setting.update(), rounds=rounds, warmup_rounds=1)
     if benchmark.stats is None:
         return
-    own = benchmark.stats.stats.min
-    best = min(times.values())
-    benchmark.extra_info.update(
-        baseline_seconds={key: round(value, 4) for key, value in times.items()},
-        sharing=round(sharing, 3),
-        ratio=round(best / own, 2),
-        ratio_over_sharing=round(best / own / sharing, 2),
-        threads=torch.get_num_threads(),
+    own = benchmark.stats.stats.median
+    note(
+        benchmark,
+        "accumulate",
+        **setting.fields(),
+        generation=generation,
+        **figures(own, times, setting.sharing),
+        sampled_seconds={name: round(t, 3) for name, t in tried.items()},
     )
-    print(f"\n{benchmark.name}: {benchmark.extra_info}")
+
+
+@each_precision
+@each_case
+def test_pretraining_step(benchmark, case, precision):
+    archs = generations.load(case[0])[0][:1]
+    setting = Setting(case, case[3] if benchmark.enabled else 8, precision, archs)
+    calls = contestants(setting)
+    rounds = 5 if benchmark.enabled else 1
+    setting.check(next(iter(calls.values()))(archs))
+    times = {name: median_seconds(lambda c=call: c(archs), rounds) for name, call in calls.items()}
+    benchmark.pedantic(setting.update(), rounds=rounds, warmup_rounds=1)
+    if benchmark.stats is None:
+        return
+    figure = figures(benchmark.stats.stats.median, times)
+    note(benchmark, "pre-training step", **setting.fields(), **figure)
+
+
+@each_precision
+@each_case
+def test_levers(benchmark, monkeypatch, case, precision):
+    archs = generations.load(case[0])[generations.KEPT[-1]][: None if benchmark.enabled else 2]
+    setting = Setting(case, case[2], precision, archs)
+    alone = [Plan(arch[None].astype(np.uint8)) for arch in archs]
+    optimizer = torch.optim.SGD(setting.supernet.parameters(), **SGD)
+
+    def trie_off():
+        optimizer.zero_grad(set_to_none=True)
+        losses = np.concatenate([setting.losses(plan) for plan in alone])
+        optimizer.step()
+        return losses
+
+    off = {}
+    off["trie"], losses = seconds(trie_off)
+    setting.check(losses, "one path at a time")
+    with monkeypatch.context() as patch:
+        patch.setenv("FASTSHIFT_BACKEND", "reference")
+        losses = setting.losses(setting.plan)
+        setting.supernet.zero_grad(set_to_none=True)
+        update = setting.update()
+        update()
+        off["fusion"], _ = seconds(update)
+    setting.check(losses, "PyTorch's ops")
+    if precision == "bf16":
+        update = setting.update("fp32")
+        update()
+        off["precision"], _ = seconds(update)
+    benchmark.pedantic(setting.update(), rounds=3 if benchmark.enabled else 1, warmup_rounds=1)
+    note(
+        benchmark,
+        "accumulate levers",
+        **setting.fields(),
+        generation=generations.KEPT[-1],
+        sharing=round(setting.sharing, 3),
+        without={lever: round(t, 3) for lever, t in off.items()},
+    )

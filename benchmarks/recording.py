@@ -1,4 +1,4 @@
-"""What a record says of the machine, the versions and the code it was measured with."""
+"""What a record says of the machine, the versions, the code and each figure."""
 
 from __future__ import annotations
 
@@ -6,19 +6,82 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from fastshift.cpu import block_of, instruction_set
 from fastshift.versions import versions
 
-__all__ = ["machine"]
+__all__ = ["figures", "is_dirty", "kernels", "machine", "note"]
+
+HERE = Path(__file__).parent
+
+
+def _git(*command: str) -> str:
+    found = subprocess.run(["git", *command], cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def machine() -> dict[str, str | int | None]:
     """Versions, processor, cores and commit; the commit ends in `-dirty` where the tree differs."""
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         **versions(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
-        "commit": found.stdout.strip() or None,
+        "commit": _git("describe", "--always", "--dirty") or None,
     }
+
+
+def is_dirty() -> bool:
+    """Whether the tree differs from its commit, what a recording itself writes aside."""
+    written = (":!/benchmarks/records", ":!/README.md", ":!/benchmarks/README.md")
+    return bool(_git("status", "--porcelain", "--", ":/", *written))
+
+
+def kernels(module: torch.nn.Module, x: torch.Tensor) -> str:
+    """What runs a candidate op on rows such as `x`: an instruction set, or PyTorch's ops."""
+    return "PyTorch" if block_of(module, x) is None else instruction_set()
+
+
+def figures(own: float, baselines: dict[str, float], sharing: float = 1.0) -> dict[str, Any]:
+    """The ratios of a figure to its baselines.
+
+    Args:
+        own: seconds.
+        baselines: seconds by variant; a `folded` one goes beyond the baseline's definition.
+        sharing: of the plan.
+
+    Returns:
+        `ratio` over the fastest baseline, `ratio_folded` over the fastest with the folded ones,
+        `ratio_over_sharing`.
+    """
+    plain = {name: t for name, t in baselines.items() if not name.startswith("folded")}
+    best = min(plain, key=plain.get)
+    return {
+        "baseline": best,
+        "baseline_seconds": {name: _short(t) for name, t in baselines.items()},
+        "ratio": _short(plain[best] / own),
+        "ratio_folded": _short(min(baselines.values()) / own),
+        "sharing": _short(sharing),
+        "ratio_over_sharing": _short(plain[best] / own / sharing),
+    }
+
+
+def note(benchmark: Any, item: str, **fields: Any) -> None:
+    """Keep a figure's fields beside its times; nothing where nothing was timed.
+
+    Args:
+        benchmark: pytest-benchmark's fixture, after it has timed.
+        item: what was measured; the floors go by it.
+        fields: of the row; `figures` among them, where there are baselines.
+    """
+    if benchmark.stats is None:
+        return
+    benchmark.extra_info.update(item=item, threads=torch.get_num_threads(), **fields)
+    print(f"\n{benchmark.name}: {benchmark.extra_info}")
+
+
+def _short(x: float) -> float:
+    """Four significant digits."""
+    return float(f"{x:.4g}")

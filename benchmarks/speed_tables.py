@@ -1,0 +1,299 @@
+"""The speed record as Markdown: each figure beside what was asked of it, missed or met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FLOORS", "details", "summary"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What is asked of a figure.
+
+    Attributes:
+        text: as the table shows it.
+        field: of the row, that is compared.
+        bound: the figure's least value, or its largest where `below`.
+        aim: beyond the floor, as text.
+        aim_field, aim_bound: likewise.
+    """
+
+    text: str
+    field: str
+    bound: float
+    below: bool = False
+    aim: str = ""
+    aim_field: str = ""
+    aim_bound: float = 0.0
+
+    def met(self, row: Row) -> bool:
+        """Whether a row meets it."""
+        value = row[self.field]
+        return value <= self.bound if self.below else value >= self.bound
+
+    def aim_met(self, row: Row) -> bool:
+        """Whether a row meets the aim beyond."""
+        return row.get(self.aim_field, 0.0) >= self.aim_bound
+
+
+def _share(percent: int) -> tuple[str, str, float]:
+    return (f"{percent} % of ceiling", "share", percent / 100)
+
+
+FLOORS: dict[tuple[str, str], Floor] = {
+    ("block inference", "fp32"): Floor("2", "ratio", 2.0, False, *_share(60)),
+    ("block inference", "bf16"): Floor("2.5", "ratio", 2.5, False, *_share(60)),
+    ("evaluator", "fp32"): Floor("2 S", "ratio_over_sharing", 2.0),
+    ("evaluator", "bf16"): Floor("2.5 S", "ratio_over_sharing", 2.5),
+    ("accumulate", "fp32"): Floor("2 S", "ratio_over_sharing", 2.0),
+    ("accumulate", "bf16"): Floor("3 S", "ratio_over_sharing", 3.0),
+    ("pre-training step", "fp32"): Floor("2", "ratio", 2.0, False, *_share(50)),
+    ("pre-training step", "bf16"): Floor("3", "ratio", 3.0, False, *_share(50)),
+    ("generation", "fp32"): Floor("6", "ratio", 6.0, False, "30", "ratio", 30.0),
+    ("generation", "bf16"): Floor("6", "ratio", 6.0, False, "30", "ratio", 30.0),
+    ("first evaluation", "fp32"): Floor("under 1 s", "seconds", 1.0, True),
+    ("first evaluation", "bf16"): Floor("under 1 s", "seconds", 1.0, True),
+    ("memory", "fp32"): Floor("at most +25 %", "ratio", 1.25, True),
+    ("memory", "bf16"): Floor("at most +25 %", "ratio", 1.25, True),
+}
+LEVERS = ("trie", "calibration sharing", "fusion", "precision")
+
+
+def _with_shares(record: dict[str, Any]) -> list[Row]:
+    """The rows, with GFLOP/s and their share of the run's matrix product where work is known."""
+    rows = []
+    for row in record["rows"]:
+        row = dict(row)
+        if "gflop" in row:
+            run = record["runs"][row["run"]]
+            peaks = [run[when] for when in ("ceiling_before", "ceiling_after")]
+            # A bf16 product without units for it is slower than fp32's; the better one counts.
+            names = ["fp32_gflops"] + ["bf16_gflops"] * (row["precision"] == "bf16")
+            row["gflops"] = row["gflop"] / row["times"]["median"]
+            row["share"] = row["gflops"] / max(peak[name] for peak in peaks for name in names)
+        rows.append(row)
+    return rows
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    cells = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
+
+
+def _number(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}"
+
+
+def _values(rows: Sequence[Row], field: str, show: Callable[[float], str] = _number) -> str:
+    """Each value of up to three rows, or the range of more."""
+    found = [row[field] for row in rows if field in row]
+    if len(found) > 3:
+        return f"{show(min(found))} to {show(max(found))}"
+    return " / ".join(show(x) for x in found)
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.0f} %"
+
+
+def _groups(rows: list[Row], item: str, precision: str) -> list[list[Row]]:
+    """Rows of one figure, by threads, space and size; in order of generation."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if (row["item"], row["precision"]) == (item, precision):
+            key = (row["threads"], row["space"], row["size"], row.get("what", ""))
+            found.setdefault(key, []).append(row)
+    return [
+        sorted(found[key], key=lambda row: row.get("generation", row.get("block", 0)))
+        for key in sorted(found)
+    ]
+
+
+def _measured(item: str, rows: list[Row]) -> str:
+    if item == "first evaluation":
+        return _values(rows, "seconds", lambda x: f"{x:.2f} s")
+    if item == "memory":
+        return _values(rows, "ratio", lambda x: f"{100 * (x - 1):+.0f} %")
+    text = _values(rows, "ratio")
+    if item in ("evaluator", "accumulate"):
+        text += f" = {_values(rows, 'ratio_over_sharing')} S"
+    return text
+
+
+def _summary_line(item: str, precision: str, rows: list[Row]) -> list[str]:
+    floor = FLOORS[item, precision]
+    met = sum(map(floor.met, rows))
+    verdict = "met" if met == len(rows) else f"**missed** ({met} of {len(rows)} met)"
+    first = rows[0]
+    aim = floor.aim
+    if aim:
+        aim += ": met" if all(map(floor.aim_met, rows)) else ": missed"
+    what = item + (f", {first['what']}" if "what" in first else "")
+    return [
+        what,
+        f"{first['space']}, {first['size']} px",
+        precision,
+        str(first["threads"]),
+        ", ".join(sorted({row["kernels"] for row in rows if "kernels" in row})),
+        _measured(item, rows),
+        _values(rows, "ratio_folded") if item not in ("generation",) else "",
+        _values(rows, "share", _percent),
+        floor.text,
+        verdict,
+        aim,
+    ]
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    machine, versions = record["machine"], record["versions"]
+    lines = [
+        f"{machine['device']}, {machine['cores']} cores, {machine['system']}; torch "
+        f"{versions['torch']}, Python {versions['python']}. The compiled kernels run as "
+        f"`{machine['instruction_set']}`."
+    ]
+    lacking = [name for name, there in machine["bf16_units"].items() if not there]
+    if lacking:
+        names = " and ".join({"avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX"}[n] for n in lacking)
+        lines.append(f"{names}: not measured, the machine has none.")
+    compiled = any(
+        name.startswith("compiled")
+        for row in record["rows"]
+        for name in row.get("baseline_seconds", {})
+    )
+    if not compiled:
+        lines.append("`torch.compile` is not among the baselines: not measured.")
+    for run in record["runs"]:
+        before, after = run["ceiling_before"], run["ceiling_after"]
+        peaks = ", ".join(
+            f"{label} {before[name]:.0f} and {after[name]:.0f} {unit}"
+            for label, name, unit in (
+                ("fp32 product", "fp32_gflops", "GFLOP/s"),
+                ("bf16 product", "bf16_gflops", "GFLOP/s"),
+                ("copy", "copy_gb", "GB/s"),
+            )
+        )
+        dirty = ", with uncommitted changes" if run["dirty"] else ""
+        lines.append(
+            f"{run['date']}, commit {run['commit']}{dirty}, threads {run['threads']}; before and "
+            f"after: {peaks}, load {run['load_before']} and {run['load_after']}."
+        )
+        if run["failed"]:
+            lines.append(f"Failed, so without a row: {', '.join(run['failed'])}.")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _lever_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if not row["item"].endswith(" levers"):
+            continue
+        on = row["times"]["median"]
+        cells = [
+            f"{row['without'][lever]:.2f} ({row['without'][lever] / on:.2f})"
+            if lever in row["without"]
+            else ""
+            for lever in LEVERS
+        ]
+        what = row["item"].removesuffix(" levers")
+        place = f"{row['space']}, {row['size']} px"
+        head = [what, place, row["precision"], str(row["threads"]), f"{row['sharing']:.2f}"]
+        lines.append([*head, f"{on:.2f}", *cells])
+    if not lines:
+        return ""
+    head = ["what", "space", "precision", "threads", "S", "all on, s"]
+    return _table(head + [f"without {lever}" for lever in LEVERS], lines)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The README's section: each figure beside its floor, the levers, and the conditions."""
+    rows = _with_shares(record)
+    lines, missing = [], []
+    for item, precision in FLOORS:
+        groups = _groups(rows, item, precision)
+        lines += [_summary_line(item, precision, group) for group in groups]
+        if not groups:
+            missing.append(f"{item} in {precision}")
+    head = (
+        "what",
+        "space",
+        "precision",
+        "threads",
+        "run by",
+        "times the baseline",
+        "with folded norms",
+        "share of ceiling",
+        "floor",
+        "",
+        "aim",
+    )
+    text = (
+        "How many times as fast as PyTorch, median against median, in one run. The baseline is the "
+        "fastest of PyTorch channels first and last, one path at a time, cached data, no gradients "
+        "in scoring, same precision (bf16: autocast, and for inference cast weights); *with folded "
+        "norms* also lets it fold batch norms into convolutions. S is what the generation's trie "
+        "shares. Three values are generations 0, 5 and 10 of a search. *Generation* is 20 updates "
+        "and the scores of 50, against the released code's loop, three candidates of it timed and "
+        "scaled to 50; *first evaluation* is seconds from `import fastshift` to a score in a fresh "
+        "process; *memory* is the peak of a step at sub-tries of one path over the baseline's. The "
+        "ceiling is this machine's matrix product.\n\n"
+    )
+    text += _table(head, lines)
+    if missing:
+        text += f"\nNot measured: {', '.join(missing)}.\n"
+    levers = _lever_table(rows)
+    if levers:
+        text += (
+            "\nEach lever switched off alone, generation 10: seconds, and times the whole.\n\n"
+            + levers
+        )
+    return text + "\n" + _conditions(record)
+
+
+def details(record: dict[str, Any]) -> str:
+    """Every row, with its spread and its baselines."""
+    lines = []
+    for row in _with_shares(record):
+        times = row["times"]
+        baselines = ", ".join(
+            f"{name} {1e3 * t:.4g}" for name, t in row.get("baseline_seconds", {}).items()
+        )
+        if row["item"] == "memory":
+            own = f"{row['mebibytes']} MiB"
+            pairs = row["baseline_mebibytes"].items()
+            baselines = ", ".join(f"{name} {size} MiB" for name, size in pairs)
+        elif row["item"] == "first evaluation":
+            own = f"{1e3 * row['seconds']:.4g}"
+            baselines = f"the score itself {1e3 * row['score_seconds']:.4g}"
+        else:
+            own = f"{1e3 * times['median']:.4g}"
+        timed = row["item"] not in ("memory", "first evaluation")
+        spread = f"{1e3 * times['min']:.4g}, {1e3 * times['stddev']:.2g}" if timed else ""
+        lines.append(
+            [
+                f"`{row['name']}`",
+                str(row["threads"]),
+                own,
+                spread,
+                str(times["rounds"]),
+                f"{row['gflops']:.0f}" if "gflops" in row else "",
+                baselines,
+                _number(row["ratio"]) if "ratio" in row else "",
+                record["runs"][row["run"]]["commit"],
+            ]
+        )
+    head = ("figure", "threads", "median, ms", "min, stddev", "rounds", "GFLOP/s")
+    head += ("baselines, ms", "ratio", "commit")
+    return (
+        "## CPU speed, figure by figure\n\n"
+        "Record: [`cpu_speed.json`](records/cpu_speed.json), made by `make speed`; the tables "
+        "against the floors are in the README of the project. Times in milliseconds; each ratio is "
+        "over the fastest baseline that is not folded. Equality is checked before a row is kept: "
+        "fp32 blocks to 1e-5 of float64, losses to 1e-4 in scoring and 1e-3 in training; bf16 "
+        "blocks to 3e-2 of float64, losses to 5e-2 of PyTorch's bf16.\n\n"
+        f"{_conditions(record)}\n{_table(head, lines)}"
+    )
