@@ -202,6 +202,14 @@ std::vector<Block::Place> Block::places(const Images& images) const {
   return found;
 }
 
+int64_t Block::largest_saved(const std::vector<Place>& place) {
+  int64_t largest = 1;
+  for (std::size_t index = 0; index + 1 < place.size(); ++index) {
+    largest = std::max(largest, place[index + 1].saved - place[index].saved);
+  }
+  return largest;
+}
+
 int64_t Block::saved_floats(const Images& images) const {
   return places(images).back().saved * size_of(images.element) / 4;
 }
@@ -224,6 +232,9 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
                     void* y, int threads) const {
   const Element element = images.element;
   const std::vector<Place> place = places(images);
+  // Where nothing is kept, a unit's rows are let go when the next has read them.
+  const int64_t room = saved ? 0 : largest_saved(place) * size_of(element);
+  const Work work[2] = {Work(room), Work(room)};
   const auto run = [&](const Chain& chain, Source residual) {
     Source source{after(x, chain.x_offset, element), in_channels_, chain.x_step};
     Affine prologue{nullptr, nullptr, false};
@@ -235,7 +246,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
       width = geometry.out_width;
       const int groups = group_count(unit, images);
       const int64_t channels = unit.out_channels;
-      void* raw = after(saved, place[index].saved, element);
+      void* raw = saved ? after(saved, place[index].saved, element) : work[index % 2].data;
       const float* packed = packed_weight(kernels, unit, weights[index].weight, true, element);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
       std::fill(sums, sums + groups * 3 * channels, 0.0);
@@ -289,11 +300,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const void* x
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
   const Element element = images.element;
   const std::vector<Place> place = places(images);
-  int64_t largest = 1;
-  for (int64_t index = 0; index + 1 < num_units(); ++index) {
-    largest = std::max(largest, place[index + 1].saved - place[index].saved);
-  }
-  largest *= size_of(element);
+  const int64_t largest = largest_saved(place) * size_of(element);
   const Work work[2] = {Work(largest), Work(num_units() > 2 ? largest : 1)};
   const auto run = [&](const Chain& chain, Source add) {
     std::vector<Geometry> geometry(num_units());

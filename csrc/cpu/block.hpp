@@ -55,7 +55,7 @@ class Block {
   // over the standard deviation.
   int64_t statistics_floats() const;
 
-  // Each batch norm normalises by the moments of these images.
+  // Each batch norm normalises by the moments of these images. `saved` null: no backward follows.
   void forward(const Kernels& kernels, const Images& images, const void* x,
                const std::vector<Weights>& weights, void* saved, float* statistics, void* y,
                int threads) const;
@@ -79,6 +79,7 @@ class Block {
     int64_t saved, statistics;
   };
   std::vector<Place> places(const Images& images) const;
+  static int64_t largest_saved(const std::vector<Place>& place);
   Chain main_chain() const;
   Chain shortcut_chain() const;
 
