@@ -65,7 +65,8 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         or (os.environ.get("FASTSHIFT_BACKEND") or "cpu") != "cpu"
     ):
         return None
-    units = [module for module in op.modules() if isinstance(module, ConvUnit)]
+    modules = _modules_of(op)
+    units = [module for module in modules if isinstance(module, ConvUnit)]
     # A unit that was replaced, or changed into what the kernels lack, shows here.
     if not _are_built_in(units):
         return None
@@ -73,7 +74,15 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
     if found is None or not found.holds(units):
         found = _BLOCKS[op] = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
     # A hook expects the module it hangs on to be called.
-    return None if any(map(_has_hooks, op.modules())) else found
+    return None if any(map(_has_hooks, modules)) else found
+
+
+def _modules_of(op: nn.Module) -> list[nn.Module]:
+    """A module and all below it; `modules()` takes several times as long, at each call."""
+    found = [op]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def row_dtype(x: Tensor) -> torch.dtype | None:
@@ -98,13 +107,30 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _are_built_in(units: Sequence[ConvUnit]) -> bool:
-    return bool(units) and all(
-        type(unit.norm) is nn.BatchNorm2d
-        and unit.norm.track_running_stats
-        and unit.weight.dtype is torch.float32
-        and (unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2)))
-        for unit in units
-    )
+    for unit in units:
+        norm = _norm(unit)
+        if not (
+            type(norm) is nn.BatchNorm2d
+            and norm.track_running_stats
+            and _weight(unit).dtype is torch.float32
+            and (
+                unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2))
+            )
+        ):
+            return False
+    return bool(units)
+
+
+# Past nn.Module.__getattr__, which costs more than all else at the kernels' smallest sizes.
+
+
+def _norm(unit: ConvUnit) -> nn.Module | None:
+    return unit._modules.get("norm")
+
+
+def _weight(unit: ConvUnit) -> Tensor:
+    found = unit._parameters.get("weight")
+    return unit.weight if found is None else found  # a parametrised one is computed
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,6 +166,7 @@ class CpuBlock:
             units += [shortcut._modules[str(i)] for i in range(shortcut.num_units)]
         self.units = units
         self.main = main
+        self.frame = frame
         splits = frame == "shuffle" and shortcut is None
         self.in_channels = units[0].in_channels * (2 if splits else 1)
         self.out_channels = units[main - 1].out_channels
@@ -171,11 +198,15 @@ class CpuBlock:
     @property
     def eps(self) -> list[float]:
         """Of each unit's batch norm."""
-        return [unit.norm.eps for unit in self.units]
+        return [_norm(unit).eps for unit in self.units]
 
     def parameters(self) -> list[Tensor | None]:
         """Weight, scale and shift of each unit."""
-        return [p for unit in self.units for p in (unit.weight, unit.norm.weight, unit.norm.bias)]
+        found = []
+        for unit in self.units:
+            own = _norm(unit)._parameters
+            found += (_weight(unit), own["weight"], own["bias"])
+        return found
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width that leave each unit."""

@@ -112,8 +112,8 @@ def apply_module(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor])
     try:
         y = call(x)
     except RuntimeError as error:
-        # Autograd's own refusal, where the row is a leaf of its graph.
-        if "in-place operation" in str(error):
+        # Autograd's own refusals, of a leaf of its graph and of one of several rows in one tensor.
+        if "in-place operation" in str(error) or "modified inplace" in str(error):
             raise refused from error
         raise
     if version is not None and x._version != version:
@@ -129,11 +129,10 @@ def apply_level(
     choice: Sequence[int],
     call: Call,
 ) -> list[Tensor]:
-    """Compute the nodes of one level of the trie, each from its parent's row.
+    """Compute the nodes of one level of the trie, each from its parent's row, by its module.
 
-    This is the definition of the population-layer operator: a node is its candidate op applied to
-    its parent's row. `call` chooses what runs it, PyTorch's ops or compiled kernels. An identity
-    choice is its parent's row itself, not a copy.
+    Any module will do; `fastshift.operators` computes a whole level of described ops in one call.
+    An identity choice is its parent's row itself, not a copy.
 
     Args:
         ops: the block's candidate ops.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -15,7 +15,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastshift.batch_norm import BatchNorms, Moments, MomentSums, MovingAverages
 from fastshift.errors import SpaceError
-from fastshift.layers import apply_level, apply_module
+from fastshift.layers import apply_module
+from fastshift.levels import Level, Rows, Visit, last_rows, walk
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan, Segment
 
@@ -36,6 +37,7 @@ class Statistics:
     nodes: list[list[MomentSums]]
     leaves: list[MomentSums]
     _means: dict[int, list[Moments]] = field(default_factory=dict)
+    _levels: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, plan: Plan) -> Statistics:
@@ -53,42 +55,12 @@ class Statistics:
             found = self._means[id(sums)] = sums.mean(norms.of(owner))
         return found
 
-
-NodeCall = Callable[[int, int, nn.Module, Tensor], Tensor]
-LeafCall = Callable[[int, Tensor], None]
-
-
-def _walk(
-    supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCall, leaf: LeafCall
-) -> None:
-    """Compute a segment and what hangs below it, depth-first between segments."""
-    rows = _levels(supernet, segment, row, node)
-    if segment.children:
-        for child in segment.children:
-            _walk(supernet, child, rows[0], node, leaf)
-    else:
-        for offset, out in enumerate(rows):
-            leaf(segment.first_leaf + offset, out)
-
-
-def _levels(supernet: ChainSupernet, segment: Segment, row: Tensor, node: NodeCall) -> list[Tensor]:
-    """The rows at a segment's last level."""
-    rows = [row]
-    for index, level in enumerate(range(segment.start, segment.stop)):
-        first = segment.first_node[index]
-
-        def call(position: int, op: nn.Module, x: Tensor, level=level, first=first) -> Tensor:
-            return node(level, first + position, op, x)
-
-        rows = apply_level(
-            supernet.blocks[level],
-            supernet.identities[level],
-            rows,
-            segment.parent[index],
-            segment.choice[index],
-            call,
-        )
-    return rows
+    def of_level(self, level: int, first: int, make: Callable[[], Tensor]) -> Tensor:
+        """The averages of a segment's nodes of a level, from its first on, put together once."""
+        found = self._levels.get((level, first))
+        if found is None:
+            found = self._levels[level, first] = make()
+        return found
 
 
 def _collect(norms: BatchNorms, owner: nn.Module, x: Tensor) -> tuple[Tensor, list[Moments]]:
@@ -122,6 +94,13 @@ def calibrate_step(
         statistics.nodes[level][index].add(moments)
         return y
 
+    def whole(level: int, first: int, nodes: Level, rows: Rows, parent: Sequence[int]) -> Rows:
+        out, moments = nodes.train(rows, parent)
+        for index, found in enumerate(moments, first):
+            if found:
+                statistics.nodes[level][index].add(found)
+        return out
+
     def leaf(index: int, x: Tensor) -> None:
         if norms.of(supernet.head):
             statistics.leaves[index].add(_collect(norms, supernet.head, x)[1])
@@ -129,7 +108,7 @@ def calibrate_step(
     x, moments = _collect(norms, supernet.stem, images)
     statistics.stem.add(moments)
     for root in plan.roots:
-        _walk(supernet, root, x, node, leaf)
+        walk(supernet, root, x, Visit(node, whole, leaf))
 
 
 @torch.no_grad()
@@ -162,25 +141,41 @@ def eval_step(
     wrong = torch.zeros(plan.num_leaves, dtype=torch.int64, device=images.device)
     losses = torch.zeros(plan.num_leaves, dtype=torch.float64, device=images.device)
 
-    def apply(owner: nn.Module, x: Tensor, sums: MomentSums | None) -> Tensor:
-        if not norms.of(owner):
-            return norms.impose(owner, x, [])
+    def moments_of(owner: nn.Module, sums: MomentSums | None) -> list[Moments]:
         if policy == "running":
-            moments = [(norm.running_mean, norm.running_var) for _, norm in norms.of(owner)]
-            return norms.impose(owner, x, moments)
-        if policy == "batch":
-            return norms.collect(owner, x)[0]
+            return [(norm.running_mean, norm.running_var) for _, norm in norms.of(owner)]
         if policy == "ema":
             kept = supernet.ema
-            moments = [
+            return [
                 (kept[f"{name}.running_mean"], kept[f"{name}.running_var"])
                 for name, _ in norms.of(owner)
             ]
-            return norms.impose(owner, x, moments)
-        return norms.impose(owner, x, statistics.mean(sums, norms, owner))
+        return statistics.mean(sums, norms, owner)
+
+    def apply(owner: nn.Module, x: Tensor, sums: MomentSums | None) -> Tensor:
+        if not norms.of(owner):
+            return norms.impose(owner, x, [])
+        if policy == "batch":
+            return norms.collect(owner, x)[0]
+        return norms.impose(owner, x, moments_of(owner, sums))
 
     def node(level: int, index: int, op: nn.Module, x: Tensor) -> Tensor:
         return apply(op, x, statistics.nodes[level][index] if statistics else None)
+
+    def whole(level: int, first: int, nodes: Level, rows: Rows, parent: Sequence[int]) -> Rows:
+        if policy == "batch":
+            return nodes.train(rows, parent)[0]
+
+        def moments() -> Tensor:
+            sums = statistics.nodes[level][first:] if statistics else [None] * len(parent)
+            return nodes.moments(
+                moments_of(op, own) if op is not None else []
+                for op, own in zip(nodes.ops, sums, strict=False)
+            )
+
+        if policy != "recalibrate":
+            return nodes.infer(rows, parent, moments())
+        return nodes.infer(rows, parent, statistics.of_level(level, first, moments))
 
     def leaf(index: int, x: Tensor) -> None:
         sums = statistics.leaves[index] if statistics else None
@@ -193,8 +188,9 @@ def eval_step(
 
     sums = statistics.stem if statistics else None
     x = apply_module(supernet.stem, images, lambda batch: apply(supernet.stem, batch, sums))
+    visit = Visit(node, whole, leaf, trains=policy == "batch")
     for root in plan.roots:
-        _walk(supernet, root, x, node, leaf)
+        walk(supernet, root, x, visit)
     return wrong, losses
 
 
@@ -239,8 +235,17 @@ def train_step(
         averages.add(op, moments, int(plan.weights[level][index]))
         return y
 
+    def whole(level: int, first: int, nodes: Level, rows: Rows, parent: Sequence[int]) -> Rows:
+        out, moments = nodes.train(rows, parent)
+        for index, (op, found) in enumerate(zip(nodes.ops, moments, strict=True), first):
+            if op is not None:
+                averages.add(op, found, int(plan.weights[level][index]))
+        return out
+
+    visit = Visit(node, whole)
+
     def backward(segment: Segment, row: Tensor) -> None:
-        rows = _levels(supernet, segment, row, node)
+        rows = last_rows(supernet, segment, row, visit).each
         if segment.children:
             out = rows[0]
             split = out if out is row else out.detach().requires_grad_(moving)
