@@ -191,10 +191,8 @@ def train(
     width = layer.statistics_floats
     statistics = torch.zeros(call.shape[0], width)
     sizes = _saved(layer, call.images, call.bf16)
-    # Without a backward to come, one node's memory serves the next.
-    saved = cpu._memory(
-        (call.shape[0] if keep else 1) * saved_floats(layer, call.images, rows.dtype)
-    )
+    floats = saved_floats(layer, call.images, rows.dtype)
+    saved = cpu._memory(call.shape[0] * floats) if keep else torch.empty(0)
     kept = 0
     for node, (source, index) in enumerate(zip(call.parent, call.choice, strict=True)):
         core = call.cores[index]
@@ -207,14 +205,14 @@ def train(
             call.row_at(call.rows, source),
             call.parameters(index),
             call.eps[index],
-            saved.data_ptr() + kept * FLOAT,
+            saved.data_ptr() + kept * FLOAT if keep else 0,
             statistics.data_ptr() + node * width * FLOAT,
             call.out_at(out, node),
             call.threads,
             call.bf16,
         )
         kept += sizes[index] if keep else 0
-    return out, statistics, saved if keep else torch.empty(0)
+    return out, statistics, saved
 
 
 def backward(

@@ -35,7 +35,7 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kHidden, kShortcut, kRoles };
+enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kHidden, kShortcut, kMoments, kRoles };
 
 // Hidden rows that inference holds at a time: within the second-level cache.
 constexpr int64_t kTileFloats = 96 * 1024;
@@ -115,27 +115,32 @@ const float* packed_weight(const Kernels& kernels, const Unit& unit, const float
 // Group moments, merged in order (Chan, Golub and LeVeque 1979), to a unit's statistics.
 void finish_statistics(const double* sums, int groups, const std::vector<int64_t>& counts,
                        int64_t channels, const Weights& weights, float* statistics) {
-  for (int64_t c = 0; c < channels; ++c) {
-    double mean = 0.0, squares = 0.0, count = 0.0;
-    for (int group = 0; group < groups; ++group) {
-      const double* own = sums + group * 3 * channels;
-      const double n = static_cast<double>(counts[group]), sum = own[channels + c];
-      const double group_mean = own[c] + sum / n;
-      const double group_squares = std::max(0.0, own[2 * channels + c] - sum * sum / n);
-      const double delta = group_mean - mean, total = count + n;
-      squares += group_squares + delta * delta * count * n / total;
-      mean += delta * n / total;
-      count = total;
-      // max() above drops a NaN; one that is there must stay.
-      if (std::isnan(own[2 * channels + c])) squares = own[2 * channels + c];
+  double* mean = scratch_memory<double>(kMoments, 2 * channels);
+  double* squares = mean + channels;
+  std::fill(mean, mean + 2 * channels, 0.0);
+  double count = 0.0;
+  for (int group = 0; group < groups; ++group) {
+    const double* own = sums + group * 3 * channels;
+    const double n = static_cast<double>(counts[group]), total = count + n;
+    const double per = 1.0 / n, share = n / total, between = count * n / total;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double sum = own[channels + c], square = own[2 * channels + c];
+      const double inside = square - sum * sum * per;
+      const double delta = own[c] + sum * per - mean[c];
+      squares[c] += (inside < 0.0 ? 0.0 : inside) + delta * delta * between;
+      mean[c] += delta * share;
     }
-    const double inverse = 1.0 / std::sqrt(squares / count + weights.eps);
+    count = total;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const double variance = squares[c] / count;
+    const double inverse = 1.0 / std::sqrt(variance + weights.eps);
     const double scale = (weights.gamma ? weights.gamma[c] : 1.0) * inverse;
-    statistics[c] = static_cast<float>(mean);
-    statistics[channels + c] = static_cast<float>(squares / (count - 1.0));
+    statistics[c] = static_cast<float>(mean[c]);
+    statistics[channels + c] = static_cast<float>(squares[c] / (count - 1.0));
     statistics[2 * channels + c] = static_cast<float>(scale);
     statistics[3 * channels + c] =
-        static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - mean * scale);
+        static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - mean[c] * scale);
     statistics[4 * channels + c] = static_cast<float>(inverse);
   }
 }

@@ -18,19 +18,18 @@ inline void pack(const float* from, int64_t k_step, int64_t column_step, int64_t
                  float* to) {
   for (int64_t first = 0; first < columns; first += kPanel) {
     const int64_t width = columns - first < kPanel ? columns - first : kPanel;
-    if (column_step == 1) {
-      for (int64_t row = 0; row < k; ++row) {
-        const float* source = from + row * k_step + first;
-        for (int64_t column = 0; column < width; ++column) to[row * kPanel + column] = source[column];
-        for (int64_t column = width; column < kPanel; ++column) to[row * kPanel + column] = 0.0f;
-      }
-    } else {
-      for (int64_t column = 0; column < kPanel; ++column) {
-        if (column < width) {
-          const float* source = from + (first + column) * column_step;
-          for (int64_t row = 0; row < k; ++row) to[row * kPanel + column] = source[row * k_step];
-        } else {
-          for (int64_t row = 0; row < k; ++row) to[row * kPanel + column] = 0.0f;
+    // Written line by line; what is read stays in the first-level cache.
+    for (int64_t row = 0; row < k; ++row) {
+      const float* source = from + row * k_step + first * column_step;
+      float* line = to + row * kPanel;
+      if (width == kPanel && column_step == 1) {
+        for (int v = 0; v < kTileVectors; ++v) store(line + v * kLanes, load(source + v * kLanes));
+      } else if (width == kPanel) {
+#pragma GCC unroll 8
+        for (int column = 0; column < kPanel; ++column) line[column] = source[column * column_step];
+      } else {
+        for (int64_t column = 0; column < kPanel; ++column) {
+          line[column] = column < width ? source[column * column_step] : 0.0f;
         }
       }
     }

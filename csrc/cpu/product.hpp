@@ -213,11 +213,23 @@ struct StoreSums : Columns {
   T* to;
   int64_t to_row;
   Vec shift[kTileVectors] = {}, total[kTileVectors] = {}, squares[kTileVectors] = {};
-  StoreSums(int64_t channels, int64_t column, T* to, int64_t to_row)
-      : Columns(channels, column), to(to), to_row(to_row) {}
+  bool starts;  // the shift is yet to be chosen
+  StoreSums(int64_t channels, int64_t column, T* to, int64_t to_row, bool starts)
+      : Columns(channels, column), to(to), to_row(to_row), starts(starts) {}
 
   template <int Rows, int Vectors>
   __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
+    if (starts) {
+      // A mean of some rows: a single one may lie far off.
+      starts = false;
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        Vec mean = {};
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) mean += sum[r][v];
+        shift[v] = mean * splat(1.0f / Rows);
+      }
+    }
     Vec own[Vectors] = {}, own_squares[Vectors] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
@@ -364,23 +376,6 @@ inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const fl
   }
 }
 
-// A mean of some rows, of what will be stored: a single one may lie far off.
-template <class T>
-inline void start_sums(const Forward& task, int64_t rows, const Operand& a, int64_t column) {
-  alignas(64) float some[kTileRows * kPanel];
-  const int64_t out = task.geometry.out_channels;
-  const int columns = static_cast<int>(out - column < kPanel ? out - column : kPanel);
-  rows = rows < kTileRows ? rows : kTileRows;
-  StoreRows store(out, column, some, kPanel);
-  Ahead nothing;
-  multiply<T>(rows, depth(task.geometry), a, task.weight, column, columns, store, nothing);
-  for (int c = 0; c < columns; ++c) {
-    float sum = 0.0f;
-    for (int64_t row = 0; row < rows; ++row) sum += some[row * kPanel + c];
-    task.sums[column + c] = sum / static_cast<float>(rows);
-  }
-}
-
 template <class T>
 void product_forward(const Forward& task, float* scratch) {
   const Geometry& g = task.geometry;
@@ -410,16 +405,19 @@ void product_forward(const Forward& task, float* scratch) {
     for (int64_t column = 0; column < out; column += kPanel) {
       const int columns = out - column < kPanel ? static_cast<int>(out - column) : kPanel;
       if (task.sums) {
-        if (first == begin) start_sums<T>(task, rows, a, column);
-        StoreSums<T> store(out, column, row_of<T>(task.y, first) + column, task.y.row);
-        for (int c = 0; c < columns; ++c) {
+        StoreSums<T> store(out, column, row_of<T>(task.y, first) + column, task.y.row,
+                           first == begin);
+        for (int c = 0; first != begin && c < columns; ++c) {
           store.shift[c / kLanes][c % kLanes] = static_cast<float>(task.sums[column + c]);
         }
         multiply<T>(rows, in, a, task.weight, column, columns, store, ahead);
         for (int v = 0; v * kLanes < columns; ++v) {
-          double* sums = task.sums + out + column + v * kLanes;
-          add_lanes(sums, store.total[v], store.counts[v]);
-          add_lanes(sums + out, store.squares[v], store.counts[v]);
+          double* sums = task.sums + column + v * kLanes;
+          for (int lane = 0; lane < store.counts[v] && lane < kLanes; ++lane) {
+            sums[lane] = store.shift[v][lane];
+          }
+          add_lanes(sums + out, store.total[v], store.counts[v]);
+          add_lanes(sums + 2 * out, store.squares[v], store.counts[v]);
         }
       } else if (task.pooled) {
         StoreAffine<float> store(task, column, columns_of_y, kPanel, first);
