@@ -17,6 +17,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +30,7 @@ __all__ = [
     "LAYOUTS",
     "PRECISIONS",
     "Variant",
+    "agree",
     "ceiling",
     "folded",
     "median_seconds",
@@ -58,6 +60,35 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     begin = perf_counter()
     found = call()
     return perf_counter() - begin, found
+
+
+def agree(
+    found: Sequence[float],
+    wanted: Sequence[float],
+    exact: Sequence[float] | None,
+    rtol: float,
+    what: str,
+) -> None:
+    """Refuse losses that are not as good as PyTorch's.
+
+    Args:
+        found: ours.
+        wanted: PyTorch's in the same precision.
+        exact: the same in fp32 where the precision is lower, which rounds each path in ways of its
+            own: ours may be twice as far from them as PyTorch's, in the mean square. None: compare
+            one by one.
+        rtol: relative difference that is fine; with `exact`, from them in the mean square.
+        what: named in the error.
+
+    Raises:
+        AssertionError: they differ by more.
+    """
+    if exact is None:
+        np.testing.assert_allclose(found, wanted, rtol=rtol, err_msg=f"against {what}")
+        return
+    error, bound = (float(np.linalg.norm(np.subtract(x, exact))) for x in (found, wanted))
+    allowed = max(2 * bound, rtol * float(np.linalg.norm(exact)))
+    assert error <= allowed, f"against {what}: {error:.3g} from fp32, PyTorch's {bound:.3g}"
 
 
 def ceiling() -> dict[str, float]:

@@ -57,7 +57,8 @@ class Case:
         self.rows = self.x.contiguous(memory_format=torch.channels_last)
         self.gflop = 2e-9 * op.flops(height) * self.images
         self.precision = precision
-        self.norms = BatchNorms(SimpleNamespace(stem=self.module, head=nn.Identity(), blocks=[]))
+        parts = {"stem": self.module, "head": nn.Identity(), "blocks": []}
+        self.norms = BatchNorms(SimpleNamespace(**parts, memory_format=None))
 
     def measure(self, benchmark, call):
         benchmark.pedantic(call, rounds=self.rounds, iterations=3, warmup_rounds=1)

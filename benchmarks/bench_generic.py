@@ -15,7 +15,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 import torch
-from baselines import LAYOUTS, layout
+from baselines import LAYOUTS
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -126,15 +126,16 @@ def one_at_a_time(net, archs, calibration, scored, *, folds=False, recalibrates=
 def baselines(net, policy):
     """Every way to score one path at a time: archs in, losses out."""
 
-    def way(memory_format, name, folds):
-        own, parts = layout(net, name), batches(memory_format)
+    def way(memory_format, folds):
+        own = copy.deepcopy(net).to(memory_format=memory_format)
+        parts = batches(memory_format)
         recalibrates = policy == "recalibrate"
         return lambda archs: one_at_a_time(
             own, archs, *parts, folds=folds, recalibrates=recalibrates
         )
 
     return {
-        f"{kind} {name}": way(memory_format, name, kind == "folded")
+        f"{kind} {name}": way(memory_format, kind == "folded")
         for kind in ("eager", "folded")
         for name, memory_format in LAYOUTS.items()
     }
