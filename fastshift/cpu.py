@@ -21,7 +21,15 @@ from fastshift._native import cpu as _cpu
 from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 
-__all__ = ["CpuBlock", "CpuHead", "block_of", "instruction_set", "instruction_sets", "row_dtype"]
+__all__ = [
+    "CpuBlock",
+    "CpuHead",
+    "block_of",
+    "instruction_set",
+    "instruction_sets",
+    "release_memory",
+    "row_dtype",
+]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -136,6 +144,11 @@ def _weight(unit: ConvUnit) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """`x` in the kernels' type with its channels innermost in memory, itself where it is so."""
     return x.to(row_dtype(x) or x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def release_memory() -> None:
+    """Hand the memory that the kernels keep between calls back to the system."""
+    _cpu.release_memory()
 
 
 def _memory(floats: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from fastshift import cpu
+from fastshift._native import cpu as _cpu
 from fastshift.batch_norm import BatchNorms
 from fastshift.errors import ConfigError
 from fastshift.layers import HeadModule, OpModule
@@ -889,3 +890,17 @@ def test_a_replaced_unit_is_the_one_that_runs():
         module._modules["0"].weight.neg_()
     found, _ = cpu.block_of(module, x).train(x)
     assert torch.allclose(found, copy.deepcopy(module)(x), atol=1e-4)
+
+
+def test_memory_is_kept_up_to_the_most_in_use_and_handed_back_when_asked():
+    cpu.release_memory()
+    module, x = _op(_chain, 40), _rows((8, 40, 20, 20))
+    for _ in range(3):
+        y, _ = cpu.block_of(module, x).train(x)
+        use = _cpu.memory_use()
+        assert use["in_use"] + use["kept"] <= use["peak"]
+    before = use["in_use"]
+    del y
+    assert _cpu.memory_use()["in_use"] < before
+    cpu.release_memory()
+    assert _cpu.memory_use()["kept"] == 0
