@@ -189,10 +189,10 @@ def train(
     call = _Call(rows, parent, choice, parameters, layer)
     out = _empty(call.shape, rows.dtype)
     width = layer.statistics_floats
-    statistics = torch.zeros(call.shape[0], width)
+    statistics = torch.zeros(call.shape[0], width, dtype=torch.float32, device="cpu")
     sizes = _saved(layer, call.images, call.bf16)
     floats = saved_floats(layer, call.images, rows.dtype)
-    saved = cpu._memory(call.shape[0] * floats) if keep else torch.empty(0)
+    saved = cpu._memory(call.shape[0] * floats if keep else 0)
     kept = 0
     for node, (source, index) in enumerate(zip(call.parent, call.choice, strict=True)):
         core = call.cores[index]
@@ -228,7 +228,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of `train`'s rows."""
     call = _Call(rows, parent, choice, parameters, layer)
-    d_out = d_out.contiguous()
+    d_out, statistics = d_out.contiguous(), statistics.float().contiguous()
     d_rows = _empty(rows.shape if needs[0] else (0,), rows.dtype)
     rows_to, sums = _Rows(d_rows, call.row_at), _Sums(call, needs[1:])
     sizes = _saved(layer, call.images, call.bf16)

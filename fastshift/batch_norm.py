@@ -9,7 +9,6 @@ after the shift steps.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastshift.channel_moments import summed_in_chunks
-from fastshift.cpu import block_of
+from fastshift.cpu import backend, block_of
 from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
@@ -158,7 +157,7 @@ class BatchNorms:
 
 def _is_reference() -> bool:
     """Whether every module runs as it is."""
-    return os.environ.get("FASTSHIFT_BACKEND") == "reference"
+    return backend() == "reference"
 
 
 class MomentSums:

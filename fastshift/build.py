@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,6 @@ from fastshift.supernet import ChainSupernet, Supernet
 from fastshift.weights import is_described, restored
 
 __all__ = [
-    "BACKENDS",
     "check_backend",
     "check_ema",
     "device_of",
@@ -37,13 +35,6 @@ __all__ = [
 ]
 
 _SHAPE = ("in_channels", "image_size", "num_classes")
-
-# Implementations of the population layer, and why one would not run here; None for one that does.
-BACKENDS = {
-    "reference": None,
-    "cpu": None,
-    "triton": "its CUDA kernels are not part of this version",
-}
 
 
 @contextmanager
@@ -63,12 +54,7 @@ def check_backend() -> None:
     Raises:
         ConfigError: with the reason.
     """
-    name = os.environ.get("FASTSHIFT_BACKEND", "")
-    if name and name not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
-    if name and BACKENDS[name] is not None:
-        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
+    cpu.backend()
     cpu.instruction_set()
 
 

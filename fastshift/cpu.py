@@ -22,8 +22,10 @@ from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 
 __all__ = [
+    "BACKENDS",
     "CpuBlock",
     "CpuHead",
+    "backend",
     "block_of",
     "instruction_set",
     "instruction_sets",
@@ -61,6 +63,29 @@ def _instruction_set(wanted: str) -> str:
     )
 
 
+# What may compute a population layer, and why it cannot run; None for what can.
+BACKENDS: dict[str, str | None] = {
+    "reference": None,
+    "cpu": None,
+    "triton": "its CUDA kernels are not part of this version",
+}
+
+
+def backend() -> str:
+    """What computes population layers: `FASTSHIFT_BACKEND`, or `cpu`.
+
+    Raises:
+        ConfigError: the one asked for is unknown or cannot run here.
+    """
+    name = os.environ.get("FASTSHIFT_BACKEND") or "cpu"
+    if name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
+    if BACKENDS[name] is not None:
+        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
+    return name
+
+
 _BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead] = WeakKeyDictionary()
 
 
@@ -70,7 +95,7 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         type(op) not in (OpModule, HeadModule, UnitChain)
         or x.device.type != "cpu"
         or row_dtype(x) is None
-        or (os.environ.get("FASTSHIFT_BACKEND") or "cpu") != "cpu"
+        or backend() != "cpu"
     ):
         return None
     modules = _modules_of(op)
@@ -120,7 +145,10 @@ def _are_built_in(units: Sequence[ConvUnit]) -> bool:
         if not (
             type(norm) is nn.BatchNorm2d
             and norm.track_running_stats
-            and _weight(unit).dtype is torch.float32
+            and all(p is None or p.dtype is torch.float32 for p in (_weight(unit), *_affine(norm)))
+            and unit.bias is None
+            and unit.dilation == (1, 1)
+            and unit.padding == (unit.kernel_size[0] // 2,) * 2
             and (
                 unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2))
             )
@@ -134,6 +162,10 @@ def _are_built_in(units: Sequence[ConvUnit]) -> bool:
 
 def _norm(unit: ConvUnit) -> nn.Module | None:
     return unit._modules.get("norm")
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return norm._parameters.get("weight"), norm._parameters.get("bias")
 
 
 def _weight(unit: ConvUnit) -> Tensor:
@@ -249,7 +281,11 @@ class CpuBlock:
             every batch norm.
         """
         self._check(x)
-        y, statistics = _Train.apply(self, _rows(x), *self.parameters())
+        rows, parameters = _rows(x), self.parameters()
+        keep = torch.is_grad_enabled() and any(
+            p is not None and p.requires_grad for p in (rows, *parameters)
+        )
+        y, statistics = _Train.apply(self, keep, rows, *parameters)
         widths = [5 * unit.out_channels for unit in self.units]
         return y, [tuple(s.view(5, -1)[:2]) for s in statistics.split(widths)]
 
@@ -268,7 +304,7 @@ class CpuBlock:
         x = _rows(x)
         n, _, height, width = x.shape
         if pooled:
-            y = torch.empty(n, self.out_channels)
+            y = torch.empty(n, self.out_channels, dtype=torch.float32, device="cpu")
         else:
             y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1], x.dtype)
         parameters = [_plain(p) for p in self.parameters()]
@@ -325,13 +361,14 @@ def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
 
 class _Train(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, block: CpuBlock, x: Tensor, *parameters: Tensor | None):
+    def forward(ctx, block: CpuBlock, keep: bool, x: Tensor, *parameters: Tensor | None):
         parameters = tuple(_plain(p) for p in parameters)
         n, _, height, width = x.shape
         images = (n, height, width)
         bf16 = x.dtype is torch.bfloat16
-        saved = _memory(block.core.saved_floats(images, bf16))
-        statistics = torch.empty(block.core.statistics_floats())
+        saved = _memory(block.core.saved_floats(images, bf16) if keep else 0)
+        floats = block.core.statistics_floats()
+        statistics = torch.empty(floats, dtype=torch.float32, device="cpu")
         y = _empty(n, block.out_channels, *block.sizes(height, width)[block.main - 1], x.dtype)
         block.core.forward(
             instruction_set(),
@@ -339,7 +376,7 @@ class _Train(torch.autograd.Function):
             x.data_ptr(),
             _pointers(parameters),
             block.eps,
-            saved.data_ptr(),
+            saved.data_ptr() if keep else 0,
             statistics.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
@@ -357,7 +394,7 @@ class _Train(torch.autograd.Function):
         x, saved, statistics, *parameters = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         n, _, height, width = x.shape
-        dx = _empty(*x.shape, x.dtype) if ctx.needs_input_grad[1] else None
+        dx = _empty(*x.shape, x.dtype) if ctx.needs_input_grad[2] else None
         gradients = [None if p is None else torch.empty_like(p) for p in parameters]
         block.core.backward(
             instruction_set(),
@@ -373,4 +410,4 @@ class _Train(torch.autograd.Function):
             torch.get_num_threads(),
             x.dtype is torch.bfloat16,
         )
-        return None, dx, *gradients
+        return None, None, dx, *gradients

@@ -133,7 +133,7 @@ class Level:
             op = self._layer.ops[choice]
             missing = width - (2 * op.channels if op else 0)
             if missing:
-                parts.append(torch.zeros(missing))
+                parts.append(torch.zeros(missing, dtype=torch.float32, device="cpu"))
         return torch.cat(parts).float().view(-1, width)
 
     def infer(self, rows: Rows, parent: Sequence[int], moments: Tensor) -> Rows:
@@ -165,7 +165,9 @@ def _parts(layer: PopulationLayer) -> list[list[int]]:
 @lru_cache(maxsize=4096)
 def _indices(values: tuple[int, ...]) -> Tensor:
     """A buffer that no one writes."""
-    return torch.tensor(values, dtype=torch.int32)
+    # An inference tensor that was kept could not be saved for a backward pass later on.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
 _TEXTS: WeakKeyDictionary[CpuBlock, tuple[tuple, str]] = WeakKeyDictionary()

@@ -16,7 +16,7 @@ load torch._dynamo at the first call (2.4 s) and take a list of 36 tensors apart
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastshift import _operators_cpu, _operators_ref
+from fastshift.cpu import backend
 from fastshift.population_layer import PopulationLayer, parse_layer
 
 _KERNELS = {"reference": _operators_ref, "cpu": _operators_cpu}
@@ -34,14 +35,15 @@ __all__ = ["implementation", "layer_backward", "layer_infer", "layer_train"]
 def implementation(layer: PopulationLayer, rows: Tensor, parameters: Sequence[Tensor]) -> str:
     """What computes a layer of such rows: `cpu`, the compiled kernels, or `reference`.
 
-    `FASTSHIFT_BACKEND=reference` forces the reference; the kernels are for rows of float32 or
-    bfloat16 and parameters of float32, on CPUs.
+    `FASTSHIFT_BACKEND=reference` forces the reference (under it a supernet, which calls its own
+    modules, does not come here); the kernels are for rows of float32 or bfloat16 and parameters of
+    float32, on CPUs.
     """
     if (
         rows.device.type == "cpu"
         and rows.dtype in (torch.float32, torch.bfloat16)
         and all(parameter.dtype is torch.float32 for parameter in parameters)
-        and (os.environ.get("FASTSHIFT_BACKEND") or "cpu") == "cpu"
+        and backend() == "cpu"
         and _operators_cpu.has(layer)
     ):
         return "cpu"
@@ -156,6 +158,12 @@ def _checked(
         )
     if len(parameters) != described.num_parameters:
         raise ValueError(f"parameters: {len(parameters)}; expected {described.num_parameters}")
+    for parameter, shape in zip(parameters, described.shapes, strict=True):
+        if parameter.shape != shape or parameter.device != rows.device:
+            raise ValueError(
+                f"parameters: {tuple(parameter.shape)} on {parameter.device}; "
+                f"expected {shape} on {rows.device}"
+            )
     return described
 
 
@@ -189,6 +197,9 @@ def _infer_fake(rows, parent, choice, parameters, moments, layer):
 def _train(rows, parent, choice, parameters, layer, keep=True):
     described = _checked(rows, parent, choice, parameters, layer)
     nodes = _nodes(described, rows, parent, choice)
+    _, images, height, width, channels = rows.shape
+    if images * math.prod(described.output_shape(height, width, channels)[:2]) < 2:
+        raise ValueError(f"rows: {tuple(rows.shape)}; expected two values a channel at least")
     run = _KERNELS[implementation(described, rows, parameters)]
     return run.train(rows, *nodes, parameters, described, keep)
 
@@ -223,6 +234,14 @@ def _backward(d_out, rows, parent, choice, parameters, statistics, saved, layer,
         raise ValueError(
             f"saved: {saved.shape[0]} floats; expected {expected}, as layer_train keeps"
         )
+    expected = (len(nodes[1]), *rows.shape[1:2], *described.output_shape(*rows.shape[2:]))
+    if d_out.shape != expected or d_out.dtype is not rows.dtype:
+        raise ValueError(
+            f"d_out: {tuple(d_out.shape)} of {d_out.dtype}; expected {expected} of {rows.dtype}"
+        )
+    expected = (len(nodes[1]), described.statistics_floats)
+    if statistics.shape != expected:
+        raise ValueError(f"statistics: shape {tuple(statistics.shape)}; expected {expected}")
     run = _KERNELS[implementation(described, rows, parameters)]
     return run.backward(d_out, rows, *nodes, parameters, statistics, saved, described, needs)
 

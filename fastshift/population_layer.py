@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 
 __all__ = [
     "STATISTICS",
@@ -51,6 +52,13 @@ class LayerUnit:
         """The weight, and what its batch norm has."""
         return 1 + self.scale + self.shift
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of its parameters."""
+        inside = 1 if self.depthwise else self.in_channels
+        weight = (self.out_channels, inside, self.kernel, self.kernel)
+        return [weight, *[(self.out_channels,)] * (self.scale + self.shift)]
+
 
 @dataclass(frozen=True)
 class LayerOp:
@@ -82,6 +90,32 @@ class LayerOp:
     def channels(self) -> int:
         """Channels of all batch norms together."""
         return sum(unit.out_channels for unit in self.units)
+
+    def __post_init__(self) -> None:
+        chains = self.units[: self.main], self.units[self.main :]
+        fits = (
+            self.frame in ("plain", "residual", "shuffle")
+            and 0 < self.main <= len(self.units)
+            and all(
+                unit.in_channels > 0
+                and unit.out_channels > 0
+                and unit.kernel % 2 == 1
+                and unit.stride > 0
+                and (not unit.depthwise or unit.in_channels == unit.out_channels)
+                for unit in self.units
+            )
+            and all(
+                before.out_channels == after.in_channels
+                for chain in chains
+                for before, after in pairwise(chain)
+            )
+            and (not chains[1] or chains[1][0].in_channels == self.units[0].in_channels)
+        )
+        if fits and self.frame == "residual":
+            ends = chains[1][-1].out_channels if chains[1] else self.units[0].in_channels
+            fits = ends == chains[0][-1].out_channels
+        if not fits:
+            raise ValueError(f"op: units that do not follow each other in a frame: {self}")
 
     @cached_property
     def num_parameters(self) -> int:
@@ -116,6 +150,11 @@ class PopulationLayer:
     def num_parameters(self) -> int:
         """Tensors that the layer takes."""
         return self.first_parameter[-1]
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the tensors that the layer takes."""
+        return [shape for op in self.ops if op for unit in op.units for shape in unit.shapes]
 
     @cached_property
     def statistics_floats(self) -> int:
@@ -154,6 +193,8 @@ class PopulationLayer:
         expected, out, stride = self._maps
         if channels != expected:
             raise ValueError(f"rows: {channels} channels; expected {expected}")
+        if height < 1 or width < 1:
+            raise ValueError(f"rows: {height} x {width} pixels; expected some")
         return (height - 1) // stride + 1, (width - 1) // stride + 1, out
 
 

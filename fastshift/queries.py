@@ -17,7 +17,6 @@ import torch
 
 from fastshift import cpu, report, spaces
 from fastshift.build import (
-    BACKENDS,
     check_backend,
     check_ema,
     device_of,
@@ -302,7 +301,7 @@ def _print_kernels() -> None:
     """Print which implementation of each kernel runs, and why each other does not."""
     try:
         check_backend()
-        backend = os.environ.get("FASTSHIFT_BACKEND") or "cpu"
+        backend = cpu.backend()
         level = cpu.instruction_set() if backend == "cpu" else None
         runs = f"{backend}, {level}" if level else backend
     except ConfigError:  # said last
@@ -310,9 +309,9 @@ def _print_kernels() -> None:
     print("population layer (scoring, calibration, training):")
     for kernel in ("block forward", "block backward", "block infer"):
         print(f"  {kernel:14} {runs}")
-    print(f"  {'others':14} reference: other modules, bf16, and units without batch norm")
+    print(f"  {'others':14} reference: other modules, and units without batch norm")
     print("implementations:")
-    _print_choices(BACKENDS, backend, "FASTSHIFT_BACKEND")
+    _print_choices(cpu.BACKENDS, backend, "FASTSHIFT_BACKEND")
     print("instruction sets of cpu:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
 

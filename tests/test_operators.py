@@ -509,22 +509,43 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
             train(rows, parent, choice.clone().fill_(wrong), given, text)
     with pytest.raises(ValueError, match="moments: "):
         layer_infer(rows, parent, choice, given, torch.zeros(5, 3), text)
+    with pytest.raises(ValueError, match=r"parameters: \(.*\) on cpu; expected \("):
+        train(rows, parent, choice, [*given[1:], given[0]], text)
+    with pytest.raises(ValueError, match="expected some"):
+        train(rows[:, :, :0], parent, choice, given, text)
+    with pytest.raises(ValueError, match="expected two values a channel"):
+        train(rows[:, :0], parent, choice, given, text)
     for wrong in ("", "[1]", '[{"main": 1}]', "[[]"):
         with pytest.raises(ValueError, match="expected the text of a layer"):
             train(rows, parent, choice, given, wrong)
-    y, statistics, _ = train(rows, parent, choice, given, text)
-    with pytest.raises(ValueError, match="saved: 0 floats"):
-        layer_backward(
-            y,
-            rows,
-            parent,
-            choice,
-            given,
-            statistics,
-            torch.empty(0),
-            text,
-            [True] * (1 + len(given)),
-        )
+    y, statistics, saved = train(rows, parent, choice, given, text)
+    needs = [True] * (1 + len(given))
+    for d_out, sums, kept, says in (
+        (y, statistics, torch.empty(0), "saved: 0 floats"),
+        (y[:1], statistics, saved, "d_out: "),
+        (y.bfloat16(), statistics, saved, "d_out: "),
+        (y, statistics[:1], saved, "statistics: shape"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            layer_backward(d_out, rows, parent, choice, given, sums, kept, text, needs)
+
+
+@pytest.mark.parametrize(
+    ("units", "main", "frame"),
+    [
+        ([(False, 4, 5, 1, 1), (False, 6, 4, 1, 1)], 2, "plain"),
+        ([(True, 4, 5, 3, 1)], 1, "plain"),
+        ([(False, 4, 5, 2, 1)], 1, "plain"),
+        ([(False, 4, 0, 1, 1)], 1, "plain"),
+        ([(False, 4, 5, 1, 1)], 1, "residual"),
+        ([(False, 4, 5, 1, 1), (False, 4, 6, 1, 1)], 1, "residual"),
+        ([(False, 4, 5, 1, 1)], 2, "plain"),
+        ([(False, 4, 5, 1, 1)], 1, "dense"),
+    ],
+)
+def test_units_that_do_not_follow_each_other_are_refused(units, main, frame):
+    with pytest.raises(ValueError, match="units that do not follow each other"):
+        LayerOp(tuple(LayerUnit(*unit, True, 1e-5) for unit in units), main, frame)
 
 
 def _one_unit(*unit):

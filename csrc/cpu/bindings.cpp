@@ -72,6 +72,9 @@ py::array_t<float> make_buffer(std::int64_t floats) {
 }
 
 Images images_of(const ImagesTuple& images, bool bf16) {
+  if (std::get<1>(images) < 1 || std::get<2>(images) < 1) {
+    throw std::invalid_argument("images: no pixels");
+  }
   return {std::get<0>(images), std::get<1>(images), std::get<2>(images),
           bf16 ? kBfloat16 : kFloat32};
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -23,6 +22,8 @@ class Buffer {
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
     if (bytes > size_) {
       std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
       data_ = std::aligned_alloc(64, bytes);
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
@@ -37,8 +38,9 @@ class Buffer {
 
 enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kHidden, kShortcut, kMoments, kRoles };
 
-// Hidden rows that inference holds at a time: within the second-level cache.
-constexpr int64_t kTileFloats = 96 * 1024;
+// Hidden rows that inference holds at a time, within the second-level cache unless one image has
+// more; and positions that a product still runs well with.
+constexpr int64_t kTileFloats = 96 * 1024, kTilePositions = 96;
 
 // Memory that one thread uses again and again.
 template <class T>
@@ -235,6 +237,7 @@ Block::Chain Block::shortcut_chain() const {
 void Block::forward(const Kernels& kernels, const Images& images, const void* x,
                     const std::vector<Weights>& weights, void* saved, float* statistics,
                     void* y, int threads) const {
+  if (images.count == 0) throw std::invalid_argument("images: none to train on");
   const Element element = images.element;
   const std::vector<Place> place = places(images);
   // Where nothing is kept, a unit's rows are let go when the next has read them.
@@ -460,7 +463,10 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     affine[index] = {norms, norms + channels, units_[index].relu};
     norms += 2 * channels;
   }
-  const int64_t tile = std::clamp<int64_t>(kTileFloats / (2 * hidden), 1, images.count);
+  // Tiles enough for some threads, where images are small.
+  const int64_t few = std::max((images.count + 15) / 16, kTilePositions / out_positions + 1);
+  const int64_t tile =
+      std::clamp<int64_t>(std::min(kTileFloats / (2 * hidden), few), 1, images.count);
   const int tiles = static_cast<int>((images.count + tile - 1) / tile);
   const int64_t positions = images.height * images.width;
   const bool aside = num_units() > main_units_ && frame_ == Frame::residual;

@@ -1,6 +1,8 @@
 #include "isa.hpp"
 
-#if defined(__x86_64__)
+// Kernels for one instruction set take GCC's pragma; of other compilers the generic ones are built.
+#if defined(__x86_64__) && !defined(__clang__)
+#define FS_X86 1
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
@@ -11,10 +13,10 @@
 namespace fastshift::cpu {
 
 const Kernels* kernels_generic();
-#if defined(__x86_64__)
+#if FS_X86
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
-#define FS_HAS_PAIRS (__GNUC__ >= 11 || defined(__clang__))
+#define FS_HAS_PAIRS (__GNUC__ >= 11)
 #if FS_HAS_PAIRS
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
@@ -27,7 +29,7 @@ const Kernels* kernels_emulated_amx();
 
 namespace {
 
-#if defined(__x86_64__)
+#if FS_X86
 // The compiler wants each name as a literal.
 #define FS_NEEDS(feature) \
   if (!__builtin_cpu_supports(feature)) return "this machine lacks " feature
@@ -78,7 +80,7 @@ std::string without_avx2() {
 
 std::vector<Level> levels() {
   std::vector<Level> found;
-#if defined(__x86_64__)
+#if FS_X86
   __builtin_cpu_init();
 #if FS_HAS_PAIRS
   found.push_back({"amx", without_amx(), kernels_amx()});
@@ -92,11 +94,15 @@ std::vector<Level> levels() {
   found.push_back({"avx2", without_avx2(), kernels_avx2()});
 #else
   for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2"}) {
+    #if defined(__x86_64__)
+    found.push_back({name, "the compiler of this build lacks it", nullptr});
+#else
     found.push_back({name, "this machine is not an x86-64", nullptr});
+#endif
   }
 #endif
   found.push_back({"generic", "", kernels_generic()});
-#if defined(FS_EMULATE) && defined(__x86_64__)
+#if defined(FS_EMULATE) && FS_X86
   // For tests, on machines without the instructions.
   found.push_back({"emulated_avx512_bf16", without_avx512(), kernels_emulated_pairs()});
   found.push_back({"emulated_amx", without_avx512(), kernels_emulated_amx()});

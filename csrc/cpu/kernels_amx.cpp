@@ -1,4 +1,4 @@
-#if defined(__x86_64__) && (__GNUC__ >= 11 || defined(__clang__))
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 11
 #include <immintrin.h>
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-#if defined(FS_EMULATE) && defined(__x86_64__)
+#if defined(FS_EMULATE) && defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 #include <cstdint>
 

@@ -7,7 +7,10 @@
 #include <new>
 #include <unordered_map>
 
+#include <pthread.h>
+
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -21,11 +24,19 @@ std::size_t round_up(std::size_t value, std::size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+// Each buffer by itself and of its exact size: what is used beyond its end or after its time shows.
+constexpr bool kKeeps = false;
+#else
+constexpr bool kKeeps = true;
+#endif
+
 class Memory {
  public:
   void* take(std::size_t bytes) {
     const std::size_t alignment = bytes < kHugePage ? kPage : kHugePage;
-    std::size_t size = round_up(std::max<std::size_t>(bytes, 1), alignment);
+    std::size_t size = kKeeps ? round_up(std::max<std::size_t>(bytes, 1), alignment)
+                                     : std::max<std::size_t>(bytes, 1);
     const std::lock_guard<std::mutex> lock(mutex_);
     void* data = nullptr;
     const auto found = kept_.lower_bound(size);
@@ -36,10 +47,14 @@ class Memory {
       kept_.erase(found);
     } else {
       while (!kept_.empty() && use_.in_use + use_.kept + size > use_.peak) drop_largest();
-      data = std::aligned_alloc(alignment, size);
+      if (kKeeps) {
+        data = std::aligned_alloc(alignment, size);
+      } else if (posix_memalign(&data, 64, size) != 0) {
+        data = nullptr;
+      }
       if (!data) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-      if (alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE);
+      if (kKeeps && alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE);
 #endif
     }
     taken_[data] = size;
@@ -55,13 +70,21 @@ class Memory {
     use_.kept += found->second;
     kept_.emplace(found->second, data);
     taken_.erase(found);
+    while (!kKeeps && !kept_.empty()) drop_largest();
   }
 
   void release() {
     const std::lock_guard<std::mutex> lock(mutex_);
     while (!kept_.empty()) drop_largest();
     use_.peak = use_.in_use;
+#if defined(__GLIBC__)
+    malloc_trim(0);  // what lay in the heap
+#endif
   }
+
+  // Held while a process forks, so that no child finds it taken.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
   MemoryUse use() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -83,8 +106,15 @@ class Memory {
 };
 
 // Never destroyed: tensors may outlive everything else.
+Memory& memory();
+
+Memory* make_memory() {
+  pthread_atfork([] { memory().lock(); }, [] { memory().unlock(); }, [] { memory().unlock(); });
+  return new Memory;
+}
+
 Memory& memory() {
-  static Memory* instance = new Memory;
+  static Memory* instance = make_memory();
   return *instance;
 }
 

@@ -61,6 +61,7 @@ inline Tiles& tiles() {
   return held;
 }
 inline void tile_setup() {}
+inline void tile_done() {}
 template <int Tile>
 inline void tile_zero() {
   __builtin_memset(tiles().data[Tile], 0, sizeof(tiles().data[Tile]));
@@ -99,22 +100,23 @@ inline void tile_dot() {
 #define FS_TILE_DOT(c, a, b) tile_dot<c, a, b>()
 #else
 struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
 };
-// Once a thread; the system saves tiles when it switches.
+// Eight tiles of 16 rows of 64 bytes.
+constexpr TileShapes kTileShapes = {1,
+                                    0,
+                                    {},
+                                    {64, 64, 64, 64, 64, 64, 64, 64},
+                                    {16, 16, 16, 16, 16, 16, 16, 16}};
+// At the start of each task: other libraries set the tiles of this thread up in their own way.
 inline void tile_setup() {
-  static thread_local bool ready = false;
-  if (ready) return;
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; ++tile) {
-    shapes.bytes[tile] = 64;
-    shapes.rows[tile] = 16;
-  }
-  _tile_loadconfig(&shapes);
-  ready = true;
+  const TileShapes* shapes = &kTileShapes;
+  asm volatile("" : "+r"(shapes) : : "memory");
+  _tile_loadconfig(shapes);
 }
+inline void tile_done() { _tile_release(); }
 // Literal numbers: GCC spells them into its assembly.
 #define FS_TILE_ZERO(tile) _tile_zero(tile)
 #define FS_TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
@@ -143,7 +145,8 @@ inline void pairs_product(int64_t rows, int64_t k, const Bf16* a, int64_t a_row,
                           int columns, Finish& finish, Ahead& ahead) {
   alignas(64) float sums[kPairRows * kPanel];
   const int64_t depth = pair_depth(k), stride = a_row * static_cast<int64_t>(sizeof(Bf16));
-  tile_setup();
+  // The tiles' instructions do not tell the compiler that they read the operands.
+  asm volatile("" : : "r"(a), "r"(panel) : "memory");
   for (int64_t row = 0; row < rows; row += kPairRows) {
     const Bf16* here = a + row * a_row;
     const char* line = nullptr;
@@ -169,6 +172,7 @@ inline void pairs_product(int64_t rows, int64_t k, const Bf16* a, int64_t a_row,
     FS_TILE_STORE(1, sums + 16, kPanel * 4);
     FS_TILE_STORE(2, sums + 16 * kPanel, kPanel * 4);
     FS_TILE_STORE(3, sums + 16 * kPanel + 16, kPanel * 4);
+    asm volatile("" : : "r"(sums) : "memory");
     const int64_t count = rows - row < kPairRows ? rows - row : kPairRows;
     int64_t at = 0;
     for (; at + kFewRows <= count; at += kFewRows) {
@@ -179,6 +183,9 @@ inline void pairs_product(int64_t rows, int64_t k, const Bf16* a, int64_t a_row,
 }
 
 #else
+
+inline void tile_setup() {}
+inline void tile_done() {}
 
 inline Vec dot_pairs(Vec sum, Words a, Vec b) {
 #if defined(FS_EMULATED)

@@ -4,9 +4,10 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <memory>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace fastshift::cpu {
@@ -32,11 +33,21 @@ class Pool {
     take();
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
+    if (const std::exception_ptr error = std::exchange(error_, nullptr)) {
+      std::rethrow_exception(error);
+    }
   }
 
  private:
   void take() {
-    for (int index = next_++; index < count_; index = next_++) (*task_)(index);
+    try {
+      for (int index = next_++; index < count_; index = next_++) (*task_)(index);
+    } catch (...) {
+      // The caller gets the first; what is left of the work is not begun.
+      next_.store(count_);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
   }
 
   void work(int index, long seen) {
@@ -62,6 +73,7 @@ class Pool {
   std::atomic<int> next_{0};
   int count_ = 0, wanted_ = 0, busy_ = 0;
   long round_ = 0;
+  std::exception_ptr error_;
 };
 
 // Never destroyed: its threads sleep until the process ends, and are not there in a forked child.

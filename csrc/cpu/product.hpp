@@ -29,6 +29,8 @@ inline int64_t pairs_scratch(const Geometry& g) {
 template <class T>
 constexpr bool kPairs = false;
 inline int64_t pairs_scratch(const Geometry&) { return 0; }
+inline void tile_setup() {}
+inline void tile_done() {}
 #endif
 
 inline int64_t product_scratch(const Geometry& g) {
@@ -378,6 +380,7 @@ inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const fl
 
 template <class T>
 void product_forward(const Forward& task, float* scratch) {
+  if (kPairs<T>) tile_setup();
   const Geometry& g = task.geometry;
   const int64_t per_image = g.out_height * g.out_width;
   const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
@@ -432,6 +435,7 @@ void product_forward(const Forward& task, float* scratch) {
       }
     }
   }
+  if (kPairs<T>) tile_done();
 }
 
 // One image's gradient of x, added up in rows [position][channel]: mask, sums and `add`.
@@ -540,7 +544,7 @@ inline void product_backward_rows(const Backward& task, int64_t begin, int64_t e
 }
 
 template <class T>
-void product_backward(const Backward& task, float* scratch) {
+inline void product_backward_images(const Backward& task, float* scratch) {
   const Geometry& g = task.geometry;
   const int64_t per_image = g.out_height * g.out_width, positions = g.height * g.width;
   if (!task.dx.data || (g.stride == 1 && g.kernel == 1)) {
@@ -555,4 +559,11 @@ void product_backward(const Backward& task, float* scratch) {
                              image * positions);
     finish_scattered<T>(task, image, dx);
   }
+}
+
+template <class T>
+void product_backward(const Backward& task, float* scratch) {
+  if (kPairs<T>) tile_setup();
+  product_backward_images<T>(task, scratch);
+  if (kPairs<T>) tile_done();
 }
