@@ -349,10 +349,11 @@ def own_products(isa):
         pytest.skip("the code of another level")
 
 
-def _ratios(module, x):
+def _ratios(module, x, bounded=False):
     """Error in bfloat16 over PyTorch's, by name.
 
     Below a thousandth of the value, or of the op's largest gradient, an error counts for nothing.
+    Where bounded, one beyond a tenth may not be eight times PyTorch's.
     """
     found, plain, exact = _three(module, x, dtype=torch.bfloat16)
     assert all(torch.isfinite(value).all() for value in found.values())
@@ -361,7 +362,9 @@ def _ratios(module, x):
     for name in exact:
         least = 1e-3 * (largest if name[:2] == "d " else float(exact[name].norm()))
         theirs = max(_error(values[name], exact[name]) for values in plain)
-        ratios[name] = max(_error(found[name], exact[name]), least) / max(theirs, least)
+        own = _error(found[name], exact[name])
+        ratios[name] = max(own, least) / max(theirs, least)
+        assert not bounded or own <= max(8 * theirs, 100 * least), name
     return ratios
 
 
@@ -377,9 +380,8 @@ def test_training_in_bfloat16_is_as_accurate_as_pytorchs_on_average(make, own_pr
     ratios = []
     for name, shape in SHAPES.items():
         if _fits(make, shape):
-            found = list(_ratios(_op(make, shape[1]), _rows(shape)).values())
-            assert name not in ("easy", "odd") or max(found) <= 10
-            ratios += found
+            bounded = name in ("easy", "odd")
+            ratios += _ratios(_op(make, shape[1]), _rows(shape), bounded).values()
     assert _geometric_mean(ratios) <= 1.25
 
 
