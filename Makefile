@@ -45,7 +45,7 @@ test-slow: $(VENV)/.made-test
 SANITIZE := build/sanitize
 SANITIZE_CXX = $${CXX:-g++}
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -DFS_EMULATE
-SANITIZED := tests/test_cpu.py tests/test_population.py tests/test_sampler.py tests/test_trie_plan.py
+SANITIZED := tests/test_cpu.py tests/test_operators.py tests/test_levels.py tests/test_population.py tests/test_sampler.py tests/test_trie_plan.py
 
 sanitize: $(VENV)/.made-test
 	FASTSHIFT_CXXFLAGS="$(SANITIZE_FLAGS)" \

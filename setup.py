@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -14,7 +13,7 @@ ParallelCompile("FASTSHIFT_BUILD_JOBS", default=2).install()
 # Last on the compiler's line, after the flags here: `make sanitize` lowers -O and adds its own.
 MORE = os.environ.get("FASTSHIFT_CXXFLAGS", "").split()
 # Products and sums contracted to fused multiply-adds: the kernels count on it.
-CPU_FLAGS = ["-O2"] if sys.platform == "win32" else ["-O2", "-ffp-contract=fast"]
+CPU_FLAGS = ["-O2", "-ffp-contract=fast"]
 
 setup(
     ext_modules=[

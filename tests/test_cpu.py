@@ -62,6 +62,16 @@ def _residual_shortcut(c, stride):
     return Op("residual_shortcut", c, 2 * c, stride, main, Frame("residual", aside))
 
 
+def _expansion_behind(c):
+    """Channels grow behind another unit, between two depthwise ones."""
+    units = (
+        Unit("depthwise", c, c, 3),
+        Unit("pointwise", c, 3 * c),
+        Unit("depthwise", 3 * c, 3 * c, 5, 2),
+    )
+    return Op("expansion_behind", c, 3 * c, 2, units)
+
+
 def _residual_relu(c):
     """A residual added to what a ReLU gave, the last unit depthwise."""
     units = (Unit("pointwise", c, c), Unit("depthwise", c, c, 3))
@@ -93,6 +103,7 @@ OPS = {
     "residual_shortcut-s1": lambda c: _residual_shortcut(c, 1),
     "residual_shortcut-s2": lambda c: _residual_shortcut(c, 2),
     "residual_relu": _residual_relu,
+    "expansion_behind": _expansion_behind,
 }
 SHUFFLES = {
     **{

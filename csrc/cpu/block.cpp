@@ -2,117 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
-#include "memory.hpp"
-#include "pool.hpp"
+#include "parts.hpp"
 
 namespace fastshift::cpu {
 namespace {
 
-// Grows, and is aligned for any vector.
-class Buffer {
- public:
-  ~Buffer() { std::free(data_); }
-  template <class T>
-  T* get(int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    if (bytes > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t size_ = 0;
-};
-
-enum Role { kPacked, kSums, kPartial, kNorm, kScratch, kHidden, kShortcut, kMoments, kRoles };
-
 // Hidden rows that inference holds at a time, within the second-level cache unless one image has
 // more; and positions that a product still runs well with.
 constexpr int64_t kTileFloats = 96 * 1024, kTilePositions = 96;
-
-// Memory that one thread uses again and again.
-template <class T>
-T* scratch_memory(Role role, int64_t count) {
-  static thread_local Buffer buffers[kRoles];
-  return buffers[role].get<T>(count);
-}
-
-// Large memory of one call.
-struct Work {
-  explicit Work(int64_t bytes) : data(take_memory(static_cast<std::size_t>(bytes))) {}
-  ~Work() { give_memory(data); }
-  Work(const Work&) = delete;
-  Work& operator=(const Work&) = delete;
-  void* const data;
-};
-
-int64_t size_of(Element element) { return element == kFloat32 ? 4 : 2; }
-
-// Elements on from an address.
-const void* after(const void* from, int64_t elements, Element element) {
-  return static_cast<const char*>(from) + elements * size_of(element);
-}
-void* after(void* from, int64_t elements, Element element) {
-  return static_cast<char*>(from) + elements * size_of(element);
-}
-
-Geometry geometry_of(const Unit& unit, int64_t height, int64_t width) {
-  return {height,           width,
-          (height - 1) / unit.stride + 1, (width - 1) / unit.stride + 1,
-          unit.in_channels, unit.out_channels,
-          unit.kernel,      unit.stride};
-}
-
-int64_t weight_size(const Unit& unit) {
-  const int64_t taps = int64_t{unit.kernel} * unit.kernel;
-  return unit.in_channels * taps * (unit.depthwise ? 1 : unit.out_channels);
-}
-
-// Groups of images: a function of the shapes alone. Each holds a gradient of the weights of its own.
-int group_count(const Unit& unit, const Images& images) {
-  const int64_t room = (int64_t{4} << 20) / (4 * weight_size(unit));
-  return static_cast<int>(std::min(images.count, std::clamp<int64_t>(room, 4, 16)));
-}
-
-int64_t group_start(int group, int groups, int64_t count) { return count * group / groups; }
-
-int64_t round_to_line(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-int64_t packed_floats(const Kernels& kernels, const Unit& unit, Element element) {
-  if (unit.depthwise) return kernels.packed_depthwise(unit.in_channels, unit.kernel);
-  const int64_t depth = unit.in_channels * unit.kernel * unit.kernel;
-  return std::max(kernels.packed_product(depth, unit.out_channels, element),
-                  kernels.packed_product(unit.out_channels, depth, element));
-}
-
-void pack_weight(const Kernels& kernels, const Unit& unit, const float* weight, bool forward,
-                 Element element, float* to) {
-  if (unit.depthwise) {
-    kernels.pack_depthwise(weight, unit.in_channels, unit.kernel, forward, to);
-  } else {
-    kernels.pack_product(weight, unit.out_channels, unit.in_channels, unit.kernel, forward, element,
-                         to);
-  }
-}
-
-const float* packed_weight(const Kernels& kernels, const Unit& unit, const float* weight,
-                           bool forward, Element element) {
-  float* to = scratch_memory<float>(kPacked, packed_floats(kernels, unit, element));
-  pack_weight(kernels, unit, weight, forward, element, to);
-  return to;
-}
 
 // Group moments, merged in order (Chan, Golub and LeVeque 1979), to a unit's statistics.
 void finish_statistics(const double* sums, int groups, const std::vector<int64_t>& counts,
@@ -156,19 +56,6 @@ void fold(const Weights& weights, const Moments& moments, int64_t channels, floa
     scale[c] = static_cast<float>(by);
     shift[c] = static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - moments.mean[c] * by);
   }
-}
-
-Affine affine_of(const Unit& unit, const float* statistics) {
-  return {statistics + 2 * unit.out_channels, statistics + 3 * unit.out_channels, unit.relu};
-}
-
-void parallel_rows(int64_t images, int64_t per_image, int threads,
-                   const std::function<void(int64_t, int64_t)>& task) {
-  const int groups = static_cast<int>(std::min<int64_t>(images, 32));
-  parallel(groups, threads, [&](int group) {
-    task(group_start(group, groups, images) * per_image,
-         group_start(group + 1, groups, images) * per_image);
-  });
 }
 
 }  // namespace
@@ -252,9 +139,9 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
       const Geometry geometry = geometry_of(unit, height, width);
       height = geometry.out_height;
       width = geometry.out_width;
-      const int groups = group_count(unit, images);
+      const int groups = group_count(images);
       const int64_t channels = unit.out_channels;
-      void* raw = saved ? after(saved, place[index].saved, element) : work[index % 2].data;
+      void* raw = saved ? after(saved, place[index].saved, element) : work[index % 2].data();
       const float* packed = packed_weight(kernels, unit, weights[index].weight, true, element);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
       std::fill(sums, sums + groups * 3 * channels, 0.0);
@@ -299,129 +186,6 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
                   });
   }
   run(main_chain(), residual);
-}
-
-void Block::backward(const Kernels& kernels, const Images& images, const void* x,
-                     const std::vector<Weights>& weights, const void* saved,
-                     const float* all_statistics, const void* dy, void* dx,
-                     const std::vector<Gradients>& gradients, int threads) const {
-  if (images.count == 0) throw std::invalid_argument("images: none to train on");
-  const Element element = images.element;
-  const std::vector<Place> place = places(images);
-  const int64_t largest = largest_saved(place) * size_of(element);
-  const Work work[2] = {Work(largest), Work(num_units() > 2 ? largest : 1)};
-  const auto run = [&](const Chain& chain, Source add) {
-    std::vector<Geometry> geometry(num_units());
-    int64_t height = images.height, width = images.width;
-    for (int index = chain.first; index < chain.stop; ++index) {
-      geometry[index] = geometry_of(units_[index], height, width);
-      height = geometry[index].out_height;
-      width = geometry[index].out_width;
-    }
-    Source gradient{after(dy, chain.y_offset, element), out_channels_, 1};
-    std::vector<double> totals;  // [2][channels]: of the gradient, and of it times (raw - mean)
-    for (int index = chain.stop - 1; index >= chain.first; --index) {
-      const Unit& unit = units_[index];
-      const Geometry& shape = geometry[index];
-      const int64_t in = unit.in_channels, out = unit.out_channels;
-      const int64_t positions = shape.out_height * shape.out_width;
-      const float* statistics = all_statistics + place[index].statistics;
-      const Affine activation = affine_of(unit, statistics);
-      const Source raw{after(saved, place[index].saved, element), out, 1};
-      const int groups = group_count(unit, images);
-      if (index == chain.stop - 1) {
-        double* sums = scratch_memory<double>(kSums, groups * 2 * out);
-        std::fill(sums, sums + groups * 2 * out, 0.0);
-        parallel(groups, threads, [&](int group) {
-          kernels.reduce[element]({group_start(group, groups, images.count) * positions,
-                          group_start(group + 1, groups, images.count) * positions, out, raw,
-                          gradient, activation, statistics, sums + group * 2 * out});
-        });
-        totals.assign(2 * out, 0.0);
-        for (int group = 0; group < groups; ++group) {
-          for (int64_t i = 0; i < 2 * out; ++i) totals[i] += sums[group * 2 * out + i];
-        }
-      }
-      float* slope = scratch_memory<float>(kNorm, 2 * out);
-      float* offset = slope + out;
-      const double count = static_cast<double>(images.count * positions);
-      for (int64_t c = 0; c < out; ++c) {
-        const double inverse = statistics[4 * out + c], scale = statistics[2 * out + c];
-        const double correlation = totals[out + c] * inverse;
-        slope[c] = static_cast<float>(-scale * inverse * correlation / count);
-        offset[c] = static_cast<float>(-scale * totals[c] / count);
-        if (gradients[index].gamma) gradients[index].gamma[c] = static_cast<float>(correlation);
-        if (gradients[index].beta) gradients[index].beta[c] = static_cast<float>(totals[c]);
-      }
-      const bool first = index == chain.first;
-      const int64_t size = weight_size(unit);
-      const float* packed = packed_weight(kernels, unit, weights[index].weight, false, element);
-      float* partial = scratch_memory<float>(kPartial, groups * size);
-      double* sums = scratch_memory<double>(kSums, groups * 2 * in);
-      std::fill(sums, sums + groups * 2 * in, 0.0);
-      const int64_t scratch = kernels.scratch(shape, unit.depthwise);
-      parallel(groups, threads, [&](int group) {
-        Backward task{};
-        task.geometry = shape;
-        task.first_image = group_start(group, groups, images.count);
-        task.stop_image = group_start(group + 1, groups, images.count);
-        task.weight = packed;
-        task.raw = raw;
-        task.gradient = gradient;
-        task.activation = activation;
-        task.norm = {statistics, statistics + 2 * out, slope, offset};
-        if (first) {
-          task.x = {after(x, chain.x_offset, element), in_channels_, chain.x_step};
-          if (dx) task.dx = {after(dx, chain.x_offset, element), in_channels_, chain.x_step};
-          task.add = add;
-        } else {
-          const float* before = all_statistics + place[index - 1].statistics;
-          task.x = {after(saved, place[index - 1].saved, element), in, 1};
-          task.prologue = affine_of(units_[index - 1], before);
-          task.x_mean = before;
-          task.dx = {work[(chain.stop - 1 - index) % 2].data, in, 1};
-          task.sums = sums + group * 2 * in;
-        }
-        task.dweight = partial + group * size;
-        std::fill(task.dweight, task.dweight + size, 0.0f);
-        float* memory = scratch_memory<float>(kScratch, scratch);
-        (unit.depthwise ? kernels.depthwise_backward : kernels.product_backward)[element](task, memory);
-      });
-      for (int group = 1; group < groups; ++group) {
-        kernels.add(partial + group * size, size, partial);
-      }
-      // The kernels keep the channels innermost, PyTorch the taps.
-      const int64_t taps = int64_t{unit.kernel} * unit.kernel, owners = size / (in * taps);
-      if (taps == 1) std::copy(partial, partial + size, gradients[index].weight);
-      for (int64_t o = 0; taps > 1 && o < owners; ++o) {
-        for (int64_t c = 0; c < in; ++c) {
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            gradients[index].weight[(o * in + c) * taps + tap] = partial[(o * taps + tap) * in + c];
-          }
-        }
-      }
-      totals.assign(2 * in, 0.0);
-      for (int group = 0; group < groups; ++group) {
-        for (int64_t i = 0; i < 2 * in; ++i) totals[i] += sums[group * 2 * in + i];
-      }
-      gradient = {work[(chain.stop - 1 - index) % 2].data, in, 1};
-    }
-  };
-  Source add{nullptr, 0, 1};
-  if (num_units() > main_units_) {
-    run(shortcut_chain(), add);
-    if (dx) add = {dx, in_channels_, 1};
-  } else if (dx && frame_ == Frame::residual) {
-    add = {dy, out_channels_, 1};
-  } else if (dx && frame_ == Frame::shuffle) {
-    parallel_rows(images.count, images.height * images.width, threads,
-                  [&](int64_t first, int64_t stop) {
-                    kernels.apply[element]({first, stop, in_channels_ / 2, {dy, out_channels_, 1},
-                                   {nullptr, nullptr, false}, {nullptr, 0, 1},
-                                   {dx, in_channels_, 2}});
-                  });
-  }
-  run(main_chain(), add);
 }
 
 void Block::infer(const Kernels& kernels, const Images& images, const void* x,

@@ -47,7 +47,6 @@ class Block {
         int64_t out_channels);
 
   int64_t num_units() const { return static_cast<int64_t>(units_.size()); }
-  const std::vector<Unit>& units() const { return units_; }
 
   // What a training pass keeps for its backward, in floats.
   int64_t saved_floats(const Images& images) const;
@@ -70,6 +69,7 @@ class Block {
              bool pooled, int threads) const;
 
  private:
+  class Pass;  // backward
   struct Chain {
     int first, stop;
     int64_t x_offset, x_step, y_offset;

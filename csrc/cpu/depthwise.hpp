@@ -71,6 +71,7 @@ struct Reader {
   }
 
   int count(int v) const { return v == vectors - 1 ? last : kLanes; }
+  int width() const { return (vectors - 1) * kLanes + last; }  // channels of all
 
   // Line y of an image, padded, into `to`; one vector's line is `plane` after the one before.
   void line(const Geometry& g, int64_t image, int64_t y, Vec* to, int64_t plane) const {
@@ -348,11 +349,16 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
                                kBackwardGroup, Kernel / 2 / Stride + 2};
   LineAhead<T> gradient_ahead = raw_ahead;
   gradient_ahead.x = task.gradient;
+  const Expanding nothing{};
+  ExpandingGradient<T> before(task.before ? *task.before : nothing, task.first_image,
+                              kBackwardGroup * kLanes, scratch + round_up(depthwise_scratch(g), 16));
   for (int64_t image = task.first_image; image < task.stop_image; ++image) {
+    if (task.before) before.begin(image);
     for (int group = 0; group < total; group += kBackwardGroup) {
       const int vectors = total - group < kBackwardGroup ? total - group : kBackwardGroup;
       const Reader<T, kBackwardGroup> reader(task.x, task.prologue, channels, group * kLanes, vectors);
       const RawGradientReader<T> draw_reader(task, group * kLanes, vectors);
+      if (task.before) before.begin_channels(group * kLanes, reader.width());
       Vec taps[kBackwardGroup][Kernel * Kernel] = {};
       Vec sum[kBackwardGroup] = {}, product[kBackwardGroup] = {};
       int64_t read = 0;  // padded lines in both rings so far
@@ -381,7 +387,7 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
           if (starts) {
             all_weight_gradients<Kernel, Stride>(input, draw[kPad] + kPad, g.out_width, taps[v]);
           }
-          if (!task.dx.data) continue;
+          if (!task.dx.data && !task.before) continue;
           const int64_t c = (group + v) * kLanes;
           const int count = reader.count(v);
           convolve<Kernel, 1>(
@@ -390,9 +396,22 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
           const Vec* active = task.prologue.relu ? input[kPad] + kPad : nullptr;
           const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
           const T* from = row_of<T>(task.x, row) + c * task.x.step;
+          Vec own = {}, own_product = {};
+          if (task.before) {
+            const Vec gain = load_some(task.before->gain + c, count);
+            float* to = before.line() + v * kLanes;
+            for (int64_t x = 0; x < g.width; ++x, to += reader.width()) {
+              const Vec value = active ? keep_positive(line[x], active[x]) : line[x];
+              own += value;
+              own_product += value * (load_some(from + x * task.x.row, count) - mean);
+              store_some(to, gain * value, count);
+            }
+            sum[v] += own;
+            product[v] += own_product;
+            continue;
+          }
           const T* add = task.add.data ? row_of<T>(task.add, row) + c : nullptr;
           T* to = row_of<T>(task.dx, row);
-          Vec own = {}, own_product = {};
           for (int64_t x = 0; x < g.width; ++x) {
             Vec value = line[x];
             if (active) value = keep_positive(value, active[x]);
@@ -407,13 +426,15 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
           sum[v] += own;
           product[v] += own_product;
         }
+        if (task.before) before.line_done();
       }
       for (int v = 0; v < vectors; ++v) {
         const int64_t c = (group + v) * kLanes;
         const int count = reader.count(v);
         for (int tap = 0; tap < Kernel * Kernel; ++tap) {
           float* to = task.dweight + tap * channels + c;
-          store_some(to, load_some(to, count) + taps[v][tap], count);
+          const Vec before = image > task.first_image ? load_some(to, count) : Vec{};
+          store_some(to, before + taps[v][tap], count);
         }
         if (task.sums) {
           add_lanes(task.sums + c, sum[v], count);
@@ -436,7 +457,7 @@ void depthwise_forward(const Forward& task, float* scratch) {
 }
 
 template <class T>
-void depthwise_backward(const Backward& task, float* scratch) {
+void depthwise_backward_by_kernel(const Backward& task, float* scratch) {
   const int key = task.geometry.kernel * 10 + task.geometry.stride;
   if (key == 31) return depthwise_backward_of<T, 3, 1>(task, scratch);
   if (key == 32) return depthwise_backward_of<T, 3, 2>(task, scratch);
@@ -444,4 +465,12 @@ void depthwise_backward(const Backward& task, float* scratch) {
   if (key == 52) return depthwise_backward_of<T, 5, 2>(task, scratch);
   if (key == 71) return depthwise_backward_of<T, 7, 1>(task, scratch);
   if (key == 72) return depthwise_backward_of<T, 7, 2>(task, scratch);
+}
+
+template <class T>
+void depthwise_backward(const Backward& task, float* scratch) {
+  const bool tiles = kPairs<T> && task.before;
+  if (tiles) tile_setup();
+  depthwise_backward_by_kernel<T>(task, scratch);
+  if (tiles) tile_done();
 }

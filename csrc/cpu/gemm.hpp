@@ -18,8 +18,20 @@ inline void pack(const float* from, int64_t k_step, int64_t column_step, int64_t
                  float* to) {
   for (int64_t first = 0; first < columns; first += kPanel) {
     const int64_t width = columns - first < kPanel ? columns - first : kPanel;
+    int64_t row = 0;
+    if (width == kPanel && k_step == 1) {
+      for (; row + kLanes <= k; row += kLanes) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          Vec square[kLanes];
+          const float* source = from + row + (first + v * kLanes) * column_step;
+          for (int i = 0; i < kLanes; ++i) square[i] = load(source + i * column_step);
+          transpose(square);
+          for (int i = 0; i < kLanes; ++i) store(to + (row + i) * kPanel + v * kLanes, square[i]);
+        }
+      }
+    }
     // Written line by line; what is read stays in the first-level cache.
-    for (int64_t row = 0; row < k; ++row) {
+    for (; row < k; ++row) {
       const float* source = from + row * k_step + first * column_step;
       float* line = to + row * kPanel;
       if (width == kPanel && column_step == 1) {
@@ -127,17 +139,18 @@ inline void panel_product(int64_t rows, int64_t k, const float* a, int64_t a_row
   }
 }
 
-// to[Rows, columns] += left[rows, Rows]^T * right[rows, columns], a sum over the rows.
+// to[Rows, columns] += left[rows, Rows]^T * right[rows, columns], a sum over the rows; `begins`: what
+// is there does not count.
 template <int Rows, int Vectors, bool Whole>
 inline void tile_outer(int64_t rows, const float* left, int64_t left_row, const float* right,
                        int64_t right_row, float* to, int64_t to_row, const int* counts,
-                       Ahead& ahead) {
+                       bool begins, Ahead& ahead) {
   Vec sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      sum[i][v] = load_some(to + i * to_row + v * kLanes, counts[v]);
+      sum[i][v] = begins ? Vec{} : load_some(to + i * to_row + v * kLanes, counts[v]);
     }
   }
   const char* line = nullptr;
@@ -172,38 +185,38 @@ inline void tile_outer(int64_t rows, const float* left, int64_t left_row, const 
 template <int Vectors, bool Whole>
 inline void outer_of(int64_t rows, int64_t m, const float* left, int64_t left_row,
                      const float* right, int64_t right_row, float* to, int64_t to_row,
-                     const int* counts, Ahead& ahead) {
+                     const int* counts, bool begins, Ahead& ahead) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows) {
     tile_outer<kTileRows, Vectors, Whole>(rows, left + i, left_row, right, right_row,
-                                          to + i * to_row, to_row, counts, ahead);
+                                          to + i * to_row, to_row, counts, begins, ahead);
   }
   for (; i + kFewRows <= m; i += kFewRows) {
     tile_outer<kFewRows, Vectors, Whole>(rows, left + i, left_row, right, right_row,
-                                         to + i * to_row, to_row, counts, ahead);
+                                         to + i * to_row, to_row, counts, begins, ahead);
   }
   for (; i < m; ++i) {
     tile_outer<1, Vectors, Whole>(rows, left + i, left_row, right, right_row, to + i * to_row,
-                                  to_row, counts, ahead);
+                                  to_row, counts, begins, ahead);
   }
 }
 
-// to[m, n] += left[rows, m]^T * right[rows, n].
+// to[m, n] += left[rows, m]^T * right[rows, n]; `begins`: = in place of +=.
 inline void outer_product(int64_t rows, int64_t m, int64_t n, const float* left, int64_t left_row,
                           const float* right, int64_t right_row, float* to, int64_t to_row,
-                          Ahead& ahead) {
+                          bool begins, Ahead& ahead) {
   for (int64_t column = 0; column < n; column += kPanel) {
     const int counts[kTileVectors] = {lanes_left(n, column), lanes_left(n, column + kLanes)};
     const float* from = right + column;
     if (counts[1] == kLanes) {
       outer_of<kTileVectors, true>(rows, m, left, left_row, from, right_row, to + column, to_row,
-                                   counts, ahead);
+                                   counts, begins, ahead);
     } else if (counts[1] > 0) {
       outer_of<kTileVectors, false>(rows, m, left, left_row, from, right_row, to + column, to_row,
-                                    counts, ahead);
+                                    counts, begins, ahead);
     } else {
       outer_of<1, false>(rows, m, left, left_row, from, right_row, to + column, to_row, counts,
-                         ahead);
+                         begins, ahead);
     }
   }
 }

@@ -57,6 +57,22 @@ struct NormBackward {
   const float *mean, *gain, *slope, *offset;
 };
 
+// The pointwise unit before a depthwise one, taken along in its backward pass: batch norm and
+// convolution are linear in g, the masked gradient of what norm and activation gave, so that it
+// counts as soon as it is known; what the sums over all of g bring is added by `correct`.
+struct Expanding {
+  Geometry geometry;
+  Source x;
+  Affine prologue;      // of x
+  const float* centre;  // [in], subtracted from x where sums would cancel
+  const float* weight;  // packed for the gradient of x
+  const float* gain;    // [out]
+  float* dx;            // [images][positions][in]: gain * g times the weights; null: not wanted
+  float* dweight;       // [out][in]: gain * g times (x - centre)
+  float* squares;       // [in][in]: of (x - centre)
+  double* sums;         // [in]: of (x - centre); added to
+};
+
 struct Backward {
   Geometry geometry;
   int64_t first_image, stop_image;
@@ -71,7 +87,10 @@ struct Backward {
   Target dx;      // gradient of what the prologue gave, masked; null: not wanted
   Source add;     // added to dx; null: none
   double* sums;   // [2][in]: of dx and of dx * (x - x_mean); or null
-  float* dweight; // [out][taps][in], or [taps][channels] of a depthwise unit; added to
+  float* dweight; // [out][taps][in], or [taps][channels] of a depthwise unit
+  const Expanding* before;  // of a depthwise unit: takes the gradient of x in place of dx; or null
+  // Of `correct` alone: dx = partial + constant + weight * (what the prologue gave - centre).
+  const float *centre, *constant, *partial;
 };
 
 // y = affine(x) + residual, row by row.
@@ -93,8 +112,6 @@ struct Reduce {
 };
 
 struct Kernels {
-  const char* name;
-  int lanes;
   int64_t (*packed_product)(int64_t k, int64_t columns, Element element);  // floats
   // Weights [out][in][taps]; forward: for y, else for the gradient of x.
   void (*pack_product)(const float* weight, int64_t out, int64_t in, int kernel, bool forward,
@@ -102,12 +119,21 @@ struct Kernels {
   int64_t (*packed_depthwise)(int64_t channels, int kernel);
   void (*pack_depthwise)(const float* weight, int64_t channels, int kernel, bool forward, float* to);
   int64_t (*scratch)(const Geometry& geometry, bool depthwise);  // floats
+  // Of a depthwise unit's backward pass with the unit before it.
+  int64_t (*expanding_scratch)(const Geometry& geometry, const Geometry& before);
   void (*add)(const float* from, int64_t count, float* to);
+  // to[m, n] = left[rows, m]^T * right[rows, n].
+  void (*outer)(int64_t rows, int64_t m, int64_t n, const float* left, int64_t left_row,
+                const float* right, int64_t right_row, float* to, int64_t to_row);
   // By element type.
   void (*product_forward[kElements])(const Forward& task, float* scratch);
   void (*depthwise_forward[kElements])(const Forward& task, float* scratch);
   void (*product_backward[kElements])(const Backward& task, float* scratch);
   void (*depthwise_backward[kElements])(const Backward& task, float* scratch);
+  void (*correct[kElements])(const Backward& task, float* scratch);
+  // A mean of a pointwise unit's first rows of x.
+  void (*centre[kElements])(const Geometry& geometry, const Source& x, const Affine& prologue,
+                            float* to);
   void (*apply[kElements])(const Apply& task);
   void (*reduce[kElements])(const Reduce& task);
 };

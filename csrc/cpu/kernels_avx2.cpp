@@ -6,14 +6,15 @@
 
 #pragma GCC target("avx2,fma")
 #define FS_LANES 8
-#define FS_NAME "avx2"
 
 namespace fastshift::cpu {
 namespace {
 #include "vector.hpp"
 #include "gemm.hpp"
 #include "rows.hpp"
+#include "epilogues.hpp"
 #include "product.hpp"
+#include "expanding.hpp"
 #include "depthwise.hpp"
 #include "table.hpp"
 }  // namespace

@@ -6,14 +6,15 @@
 
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FS_LANES 16
-#define FS_NAME "avx512"
 
 namespace fastshift::cpu {
 namespace {
 #include "vector.hpp"
 #include "gemm.hpp"
 #include "rows.hpp"
+#include "epilogues.hpp"
 #include "product.hpp"
+#include "expanding.hpp"
 #include "depthwise.hpp"
 #include "table.hpp"
 }  // namespace

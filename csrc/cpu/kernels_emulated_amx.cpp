@@ -6,7 +6,6 @@
 
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FS_LANES 16
-#define FS_NAME "emulated_amx"
 #define FS_PAIRS
 #define FS_AMX
 #define FS_EMULATED
@@ -17,7 +16,9 @@ namespace {
 #include "gemm.hpp"
 #include "rows.hpp"
 #include "pairs.hpp"
+#include "epilogues.hpp"
 #include "product.hpp"
+#include "expanding.hpp"
 #include "depthwise.hpp"
 #include "table.hpp"
 }  // namespace

@@ -6,7 +6,6 @@
 
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FS_LANES 16
-#define FS_NAME "emulated_avx512_bf16"
 #define FS_PAIRS
 #define FS_EMULATED
 
@@ -16,7 +15,9 @@ namespace {
 #include "gemm.hpp"
 #include "rows.hpp"
 #include "pairs.hpp"
+#include "epilogues.hpp"
 #include "product.hpp"
+#include "expanding.hpp"
 #include "depthwise.hpp"
 #include "table.hpp"
 }  // namespace

@@ -4,14 +4,15 @@
 #include "kernels.hpp"
 
 #define FS_LANES 4
-#define FS_NAME "generic"
 
 namespace fastshift::cpu {
 namespace {
 #include "vector.hpp"
 #include "gemm.hpp"
 #include "rows.hpp"
+#include "epilogues.hpp"
 #include "product.hpp"
+#include "expanding.hpp"
 #include "depthwise.hpp"
 #include "table.hpp"
 }  // namespace

@@ -13,30 +13,36 @@ inline int64_t chunk_rows(const Geometry& geometry) {
   return rows / kTileRows * kTileRows;
 }
 
+// Rows of each of as many chunks as `total` rows need, all of about the same size.
+inline int64_t even_chunk(const Geometry& geometry, int64_t total) {
+  const int64_t most = chunk_rows(geometry), chunks = (total + most - 1) / most;
+  return chunks < 2 ? most : round_up((total + chunks - 1) / chunks, kTileRows);
+}
+
 #if defined(FS_PAIRS)
 template <class T>
 constexpr bool kPairs = sizeof(T) == sizeof(Bf16);
 
-// Floats of a chunk's operands in bfloat16: rows, columns, and panels of pairs.
-inline int64_t pairs_scratch(const Geometry& g) {
-  const int64_t rows = round_up(chunk_rows(g), kPairRows);
-  const int64_t widest = depth(g) > g.out_channels ? depth(g) : g.out_channels;
-  return 64 + (rows * pair_depth(widest) +
-               round_up(g.out_channels, kPairRows) * pair_depth(chunk_rows(g))) / 2 +
-         packed_pairs_size(chunk_rows(g), depth(g));
+// Floats of operands in bfloat16: `rows` of `widest` values, `columns` of them, a panel of pairs.
+inline int64_t pairs_room(int64_t rows, int64_t widest, int64_t columns) {
+  return 64 + (round_up(rows, kPairRows) * pair_depth(widest) +
+               round_up(columns, kPairRows) * pair_depth(rows)) / 2 +
+         packed_pairs_size(rows, kPanel);
 }
 #else
 template <class T>
 constexpr bool kPairs = false;
-inline int64_t pairs_scratch(const Geometry&) { return 0; }
+inline int64_t pairs_room(int64_t, int64_t, int64_t) { return 0; }
 inline void tile_setup() {}
 inline void tile_done() {}
 #endif
 
 inline int64_t product_scratch(const Geometry& g) {
+  const int64_t widest = depth(g) > g.out_channels ? depth(g) : g.out_channels;
   const bool scattered = g.stride > 1 || g.kernel > 1;
   const int64_t rows_of_dx = scattered ? chunk_rows(g) * depth(g) : 0;
-  return chunk_rows(g) * (g.out_channels + depth(g) + kPanel) + rows_of_dx + pairs_scratch(g) +
+  return chunk_rows(g) * (g.out_channels + depth(g) + kPanel) + rows_of_dx +
+         pairs_room(chunk_rows(g), widest, g.out_channels) +
          (scattered ? g.height * g.width * g.in_channels : 0);
 }
 
@@ -48,17 +54,31 @@ struct Operand {
   int64_t pairs_row;
 };
 
+// Where packed weights of depth `k` have the panel of a column, from row `from` on.
+template <class T>
+inline const float* panel_at(const float* weight, int64_t k, int64_t column, int64_t from) {
+#if defined(FS_PAIRS)
+  if constexpr (kPairs<T>) return weight + (column * pair_depth(k) + from * kPanel) / 2;
+#endif
+  return weight + column * k + from * kPanel;
+}
+
 template <class T, class Finish>
-inline void multiply(int64_t rows, int64_t k, const Operand& a, const float* weight, int64_t column,
-                     int columns, Finish& finish, Ahead& ahead) {
+inline void multiply_panel(int64_t rows, int64_t k, const Operand& a, const float* panel,
+                           int columns, Finish& finish, Ahead& ahead) {
 #if defined(FS_PAIRS)
   if constexpr (kPairs<T>) {
-    const float* panel = weight + column / kPanel * (pair_depth(k) / 2) * kPanel;
     pairs_product(rows, k, a.pairs, a.pairs_row, panel, columns, finish, ahead);
     return;
   }
 #endif
-  panel_product(rows, k, a.rows, a.row, weight + column * k, columns, finish, ahead);
+  panel_product(rows, k, a.rows, a.row, panel, columns, finish, ahead);
+}
+
+template <class T, class Finish>
+inline void multiply(int64_t rows, int64_t k, const Operand& a, const float* weight, int64_t column,
+                     int columns, Finish& finish, Ahead& ahead) {
+  multiply_panel<T>(rows, k, a, panel_at<T>(weight, k, column, 0), columns, finish, ahead);
 }
 
 // Fills in what products in bfloat16 read of rows of floats; `to` holds pairs_scratch().
@@ -164,200 +184,6 @@ inline void look_ahead(Ahead& ahead, int index, const Source& x, int64_t first, 
   if (x.data && first < stop) ahead.add(index, row_of<T>(x, first), (stop - first - 1) * x.row);
 }
 
-// What a panel does with its sums, in registers. `counts`: channels of each of its vectors.
-struct Columns {
-  int counts[kTileVectors];
-  Columns(int64_t channels, int64_t column) {
-    for (int v = 0; v < kTileVectors; ++v) counts[v] = lanes_left(channels, column + v * kLanes);
-  }
-};
-
-struct StoreRows : Columns {
-  float* to;
-  int64_t to_row;
-  StoreRows(int64_t channels, int64_t column, float* to, int64_t to_row)
-      : Columns(channels, column), to(to), to_row(to_row) {}
-
-  template <int Rows, int Vectors>
-  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        store_some(to + (row + r) * to_row + v * kLanes, sum[r][v], counts[v]);
-      }
-    }
-  }
-};
-
-struct AddRows : Columns {
-  float* to;
-  int64_t to_row;
-  AddRows(int64_t channels, int64_t column, float* to, int64_t to_row)
-      : Columns(channels, column), to(to), to_row(to_row) {}
-
-  template <int Rows, int Vectors>
-  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        float* here = to + (row + r) * to_row + v * kLanes;
-        store_some(here, load_some(here, counts[v]) + sum[r][v], counts[v]);
-      }
-    }
-  }
-};
-
-// Training: the raw output, and the sums of what was stored.
-template <class T>
-struct StoreSums : Columns {
-  T* to;
-  int64_t to_row;
-  Vec shift[kTileVectors] = {}, total[kTileVectors] = {}, squares[kTileVectors] = {};
-  bool starts;  // the shift is yet to be chosen
-  StoreSums(int64_t channels, int64_t column, T* to, int64_t to_row, bool starts)
-      : Columns(channels, column), to(to), to_row(to_row), starts(starts) {}
-
-  template <int Rows, int Vectors>
-  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
-    if (starts) {
-      // A mean of some rows: a single one may lie far off.
-      starts = false;
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        Vec mean = {};
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) mean += sum[r][v];
-        shift[v] = mean * splat(1.0f / Rows);
-      }
-    }
-    Vec own[Vectors] = {}, own_squares[Vectors] = {};
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        const Vec value = stored<T>(sum[r][v]);
-        store_some(to + (row + r) * to_row + v * kLanes, value, counts[v]);
-        const Vec d = value - shift[v];
-        own[v] += d;
-        own_squares[v] += d * d;
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      total[v] += own[v];
-      squares[v] += own_squares[v];
-    }
-  }
-};
-
-// Inference: the folded batch norm, activation and residual.
-template <class T>
-struct StoreAffine : Columns {
-  T* to;
-  int64_t to_row;
-  const T* residual;
-  int64_t residual_row;
-  Vec scale[kTileVectors], move[kTileVectors];
-  bool cut;
-  StoreAffine(const Forward& task, int64_t column, T* to, int64_t to_row, int64_t first)
-      : Columns(task.geometry.out_channels, column),
-        to(to),
-        to_row(to_row),
-        residual(task.residual.data ? row_of<T>(task.residual, first) + column : nullptr),
-        residual_row(task.residual.row),
-        cut(task.epilogue.relu) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      const bool affine = task.epilogue.scale && counts[v] > 0;
-      const int64_t c = column + v * kLanes;
-      scale[v] = affine ? load_some(task.epilogue.scale + c, counts[v]) : splat(1.0f);
-      move[v] = affine ? load_some(task.epilogue.shift + c, counts[v]) : Vec{};
-    }
-  }
-
-  template <int Rows, int Vectors>
-  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        Vec value = scale[v] * sum[r][v] + move[v];
-        if (cut) value = relu(value);
-        if (residual) {
-          value += load_some(residual + (row + r) * residual_row + v * kLanes, counts[v]);
-        }
-        store_some(to + (row + r) * to_row + v * kLanes, value, counts[v]);
-      }
-    }
-  }
-};
-
-// The gradient of x: mask, sums and `add`. `active`: packed rows of what the prologue gave.
-template <class T>
-struct StoreGradient : Columns {
-  const Backward& task;
-  int64_t first, column;
-  const float* active;
-  int64_t active_row;
-  const T* x;
-  const T* add;
-  T* to;
-  Vec mean[kTileVectors], total[kTileVectors] = {}, products[kTileVectors] = {};
-  StoreGradient(const Backward& task, int64_t first, int64_t column, const float* active,
-                int64_t active_row)
-      : Columns(task.geometry.in_channels, column),
-        task(task),
-        first(first),
-        column(column),
-        active(task.prologue.relu ? active + column : nullptr),
-        active_row(active_row),
-        x(row_of<T>(task.x, first) + column),
-        add(task.add.data ? row_of<T>(task.add, first) + column : nullptr),
-        to(row_of<T>(task.dx, first) + column * task.dx.step) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      const bool sums = task.sums && counts[v] > 0;
-      mean[v] = sums ? load_some(task.x_mean + column + v * kLanes, counts[v]) : Vec{};
-    }
-  }
-
-  template <int Rows, int Vectors>
-  __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
-    Vec own[Vectors] = {}, own_products[Vectors] = {};
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        const int64_t at = row + r, c = v * kLanes;
-        Vec value = sum[r][v];
-        if (active) {
-          value = keep_positive(value, load_some(active + at * active_row + c, counts[v]));
-        }
-        if (task.sums) {
-          value = stored<T>(value);
-          own[v] += value;
-          own_products[v] += value * (load_some(x + at * task.x.row + c, counts[v]) - mean[v]);
-        }
-        if (add) value += load_some(add + at * task.add.row + c, counts[v]);
-        scatter(to + at * task.dx.row, task.dx.step, c, value, counts[v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      total[v] += own[v];
-      products[v] += own_products[v];
-    }
-  }
-
-  void add_sums() const {
-    for (int v = 0; task.sums && v < kTileVectors && counts[v] > 0; ++v) {
-      double* sums = task.sums + column + v * kLanes;
-      add_lanes(sums, total[v], counts[v]);
-      add_lanes(sums + task.geometry.in_channels, products[v], counts[v]);
-    }
-  }
-};
-
 // Adds rows [first, first + rows) of a column of vectors to the means of their images.
 inline void pool_rows(const Forward& task, int64_t first, int64_t rows, const float* from,
                       int64_t from_row, int64_t channel, int count) {
@@ -384,7 +210,7 @@ void product_forward(const Forward& task, float* scratch) {
   const Geometry& g = task.geometry;
   const int64_t per_image = g.out_height * g.out_width;
   const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
-  const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
+  const int64_t chunk = even_chunk(g, end - begin), in = depth(g), out = g.out_channels;
   const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
   const bool streams = g.kernel == 1 && g.stride == 1;
   const int64_t panels = round_up(out, kPanel) / kPanel;
@@ -469,11 +295,11 @@ inline void finish_scattered(const Backward& task, int64_t image, const float* d
   }
 }
 
-// Adds draw^T times the rows of x.
+// to[out][in] += draw^T times the rows of x; `begins`: = in place of +=.
 template <class T>
-inline void weight_gradient_of(const Backward& task, int64_t rows, const float* draw,
-                               const float* a, int64_t a_row, float* scratch, Ahead& ahead) {
-  const int64_t in = depth(task.geometry), out = task.geometry.out_channels;
+inline void weight_gradient_of(int64_t in, int64_t out, float* to, int64_t rows, const float* draw,
+                               const float* a, int64_t a_row, float* scratch, bool begins,
+                               Ahead& ahead) {
 #if defined(FS_PAIRS)
   if constexpr (kPairs<T>) {
     const int64_t k = pair_depth(rows);
@@ -482,14 +308,19 @@ inline void weight_gradient_of(const Backward& task, int64_t rows, const float* 
     narrow_columns(draw, rows, out, columns_of_draw);
     for (int64_t column = 0; column < in; column += kPanel) {
       const int columns = in - column < kPanel ? static_cast<int>(in - column) : kPanel;
-      AddRows store(in, column, task.dweight + column, in);
       pack_pairs(a + column, a_row, rows, columns, panel, k / 2);
-      pairs_product(out, rows, columns_of_draw, k, panel, columns, store, ahead);
+      if (begins) {
+        StoreRows store(in, column, to + column, in);
+        pairs_product(out, rows, columns_of_draw, k, panel, columns, store, ahead);
+      } else {
+        AddRows store(in, column, to + column, in);
+        pairs_product(out, rows, columns_of_draw, k, panel, columns, store, ahead);
+      }
     }
     return;
   }
 #endif
-  outer_product(rows, out, in, draw, out, a, a_row, task.dweight, in, ahead);
+  outer_product(rows, out, in, draw, out, a, a_row, to, in, begins, ahead);
 }
 
 // Rows [begin, end) of outputs; `scattered`: where one image's gradient of x is added up, or null.
@@ -497,9 +328,10 @@ template <class T>
 inline void product_backward_rows(const Backward& task, int64_t begin, int64_t end, float* scratch,
                                   float* scattered, int64_t first_position) {
   const Geometry& g = task.geometry;
-  const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
+  const int64_t chunk = even_chunk(g, end - begin), in = depth(g), out = g.out_channels;
   const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
   const int64_t panels = round_up(in, kPanel) / kPanel;
+  const int64_t written = task.first_image * g.out_height * g.out_width;  // first of the task
   float* draw = scratch;
   float* rows_of_x = draw + chunk * out;
   float* rows_of_dx = rows_of_x + chunk * in;
@@ -522,7 +354,8 @@ inline void product_backward_rows(const Backward& task, int64_t begin, int64_t e
     if (g.kernel == 1 && g.stride == 1) look_ahead<T>(ahead, 2, task.x, next, stop);
     ahead.divide((out / kTileRows + (task.dx.data ? rows / kTileRows : 0)) * panels);
     Operand d{draw, out, nullptr, 0};
-    weight_gradient_of<T>(task, rows, draw, a, a_row, pairs, ahead);
+    weight_gradient_of<T>(in, out, task.dweight, rows, draw, a, a_row, pairs, first == written,
+                          ahead);
     if (!task.dx.data) continue;
     narrow_operand<T>(d, rows, out, pairs);
     for (int64_t column = 0; column < in; column += kPanel) {

@@ -67,19 +67,31 @@ int64_t scratch(const Geometry& g, bool depthwise) {
   return depthwise ? depthwise_scratch(g) : product_scratch(g);
 }
 
+int64_t expanding_scratch(const Geometry& g, const Geometry& before) {
+  return round_up(depthwise_scratch(g), 16) + expanding_room(before, kBackwardGroup * kLanes);
+}
+
+void outer(int64_t rows, int64_t m, int64_t n, const float* left, int64_t left_row,
+           const float* right, int64_t right_row, float* to, int64_t to_row) {
+  Ahead none;
+  outer_product(rows, m, n, left, left_row, right, right_row, to, to_row, true, none);
+}
+
 #define FS_BOTH(kernel) {kernel<float>, kernel<Bf16>}
 
-const Kernels kTable = {FS_NAME,
-                        kLanes,
-                        packed_product,
+const Kernels kTable = {packed_product,
                         pack_product,
                         packed_depthwise,
                         pack_depthwise,
                         scratch,
+                        expanding_scratch,
                         add,
+                        outer,
                         FS_BOTH(product_forward),
                         FS_BOTH(depthwise_forward),
                         FS_BOTH(product_backward),
                         FS_BOTH(depthwise_backward),
+                        FS_BOTH(correct),
+                        FS_BOTH(centre),
                         FS_BOTH(apply),
                         FS_BOTH(reduce)};

@@ -124,7 +124,37 @@ inline void store_alternate(T* to, Vec value) {
   store(to, __builtin_shuffle(load(to), value, low));
   store(to + kLanes - 1, __builtin_shuffle(load(to + kLanes - 1), value, high));
 }
+
+// Rows of a square of values become its columns.
+inline void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Lanes low = {}, high = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & step ? kLanes + i - step : i;
+      high[i] = i & step ? kLanes + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & step) continue;
+      const Vec first = rows[i], second = rows[i + step];
+      rows[i] = __builtin_shuffle(first, second, low);
+      rows[i + step] = __builtin_shuffle(first, second, high);
+    }
+  }
+}
 #else
+inline void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float value = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = value;
+    }
+  }
+}
+
 template <class T>
 inline Vec load_alternate(const T* from) {
   Vec value = {};
