@@ -96,14 +96,6 @@ std::vector<Block::Place> Block::places(const Images& images) const {
   return found;
 }
 
-int64_t Block::largest_saved(const std::vector<Place>& place) {
-  int64_t largest = 1;
-  for (std::size_t index = 0; index + 1 < place.size(); ++index) {
-    largest = std::max(largest, place[index + 1].saved - place[index].saved);
-  }
-  return largest;
-}
-
 int64_t Block::saved_floats(const Images& images) const {
   return places(images).back().saved * size_of(images.element) / 4;
 }
@@ -128,8 +120,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
   const Element element = images.element;
   const std::vector<Place> place = places(images);
   // Where nothing is kept, a unit's rows are let go when the next has read them.
-  const int64_t room = saved ? 0 : largest_saved(place) * size_of(element);
-  const Work work[2] = {Work(room), Work(room)};
+  Work work[2];
   const auto run = [&](const Chain& chain, Source residual) {
     Source source{after(x, chain.x_offset, element), in_channels_, chain.x_step};
     Affine prologue{nullptr, nullptr, false};
@@ -141,6 +132,9 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
       width = geometry.out_width;
       const int groups = group_count(images);
       const int64_t channels = unit.out_channels;
+      if (!saved) {
+        work[index % 2].reset((place[index + 1].saved - place[index].saved) * size_of(element));
+      }
       void* raw = saved ? after(saved, place[index].saved, element) : work[index % 2].data();
       const float* packed = packed_weight(kernels, unit, weights[index].weight, true, element);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);

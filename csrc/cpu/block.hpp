@@ -79,7 +79,6 @@ class Block {
     int64_t saved, statistics;
   };
   std::vector<Place> places(const Images& images) const;
-  static int64_t largest_saved(const std::vector<Place>& place);
   Chain main_chain() const;
   Chain shortcut_chain() const;
 

@@ -31,12 +31,44 @@ constexpr bool kKeeps = false;
 constexpr bool kKeeps = true;
 #endif
 
+// Large buffers are mapped one by one: in the heap what is let go may not go back to the system.
+void* new_buffer(std::size_t size) {
+  void* data = nullptr;
+  if (!kKeeps) return posix_memalign(&data, 64, size) == 0 ? data : nullptr;
+#if defined(__linux__)
+  if (size >= kHugePage) {
+    const std::size_t room = size + kHugePage;
+    data = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return nullptr;
+    const std::size_t at = reinterpret_cast<std::size_t>(data);
+    const std::size_t before = round_up(at, kHugePage) - at, behind = room - before - size;
+    char* const from = static_cast<char*>(data) + before;
+    if (before) munmap(data, before);
+    if (behind) munmap(from + size, behind);
+    madvise(from, size, MADV_HUGEPAGE);
+    return from;
+  }
+#endif
+  return std::aligned_alloc(size < kHugePage ? kPage : kHugePage, size);
+}
+
+void delete_buffer(void* data, std::size_t size) {
+#if defined(__linux__)
+  if (kKeeps && size >= kHugePage) {
+    munmap(data, size);
+    return;
+  }
+#endif
+  (void)size;
+  std::free(data);
+}
+
 class Memory {
  public:
   void* take(std::size_t bytes) {
     const std::size_t alignment = bytes < kHugePage ? kPage : kHugePage;
-    std::size_t size = kKeeps ? round_up(std::max<std::size_t>(bytes, 1), alignment)
-                                     : std::max<std::size_t>(bytes, 1);
+    std::size_t size = std::max<std::size_t>(bytes, 1);
+    if (kKeeps) size = round_up(size, alignment);
     const std::lock_guard<std::mutex> lock(mutex_);
     void* data = nullptr;
     const auto found = kept_.lower_bound(size);
@@ -47,15 +79,8 @@ class Memory {
       kept_.erase(found);
     } else {
       while (!kept_.empty() && use_.in_use + use_.kept + size > use_.peak) drop_largest();
-      if (kKeeps) {
-        data = std::aligned_alloc(alignment, size);
-      } else if (posix_memalign(&data, 64, size) != 0) {
-        data = nullptr;
-      }
+      data = new_buffer(size);
       if (!data) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-      if (kKeeps && alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE);
-#endif
     }
     taken_[data] = size;
     use_.in_use += size;
@@ -95,7 +120,7 @@ class Memory {
   void drop_largest() {
     const auto last = std::prev(kept_.end());
     use_.kept -= last->first;
-    std::free(last->second);
+    delete_buffer(last->second, last->first);
     kept_.erase(last);
   }
 
