@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastshift.data.options import Options
+from fastshift.errors import DataError
 
 __all__ = ["Augmentation", "FixedBatches", "Normalisation", "Source", "TrainBatches"]
 
@@ -56,7 +57,13 @@ class Source(Protocol):
             options: the caller's choices.
             normalise: of the training part.
             flip: whether augmentation flips.
+
+        Raises:
+            DataError: an option is given that this kind of source has not.
         """
+        for name, unset in (("crop_area", None), ("color_jitter", 0)):
+            if (value := getattr(options, name)) != unset:
+                raise DataError(f"{name}={value}: only data from dali:DIR has it, expected {unset}")
         augmentation = Augmentation(
             padding=self.image_size // 8,
             fill=tuple(round(255 * mean) for mean in normalise.mean),
