@@ -214,6 +214,12 @@ class TrainBatches:
             images = self.augmentation(images, self._rng(stream, 1, index))
         return self._normalise(images), torch.from_numpy(self._source.labels[positions])
 
+    def describe(self) -> dict[str, object]:
+        """Return what is done to the images, ready for JSON."""
+        if self.augmentation is None:
+            return {"crop_padding": 0, "flip": False}
+        return self.augmentation.describe()
+
     def _checked_size(self, index: int, size: int | None) -> int:
         """Return the size of a batch that was asked for, the default resolved."""
         size = self.batch_size if size is None else size

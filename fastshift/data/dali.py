@@ -175,6 +175,10 @@ class DaliTrainBatches(TrainBatches):
         """Return the number of whole batches of this shard in an epoch, at least 1."""
         return max(1, self.num_images // (self.batch_size * self.num_shards))
 
+    def describe(self) -> dict[str, object]:
+        """Return what is done to the images and where, ready for JSON."""
+        return {**super().describe(), "decoder": f"dali on {self._source.device.type}"}
+
     def shard(self, shard_id: int, num_shards: int) -> DaliTrainBatches:
         """Return one of `num_shards` parts of the stream; together they are the whole stream.
 

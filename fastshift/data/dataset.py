@@ -64,7 +64,6 @@ class Data:
 
     def describe(self) -> dict[str, object]:
         """Return counts, normalisation and a digest of the contents, ready for JSON."""
-        augmentation = self.train.augmentation
         return {
             "spec": self.spec,
             "seed": self.seed,
@@ -80,11 +79,7 @@ class Data:
             "batch_size": self.train.batch_size,
             "validation_batch_size": self.validation.batch_size,
             "calibration_batch_size": self.calibration.batch_size,
-            **(
-                {"crop_padding": 0, "flip": False}
-                if augmentation is None
-                else augmentation.describe()
-            ),
+            **self.train.describe(),
             "mean": list(self.mean),
             "std": list(self.std),
             "digest": self.digest,
