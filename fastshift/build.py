@@ -95,6 +95,7 @@ def load_data(config: Config) -> Any:
     names = data_module.Options.__dataclass_fields__
     options = {name: config[name] for name in names if name in config.values}
     options.pop("batch_size", None)  # of a stage, which asks for its own
+    options["device"] = str(device_of(config))
     return data_module.load(config["data"], **options)
 
 

@@ -47,7 +47,7 @@ _PLACE = Section(PlaceOptions, "computing")
 _SPACE = Section(SpaceOptions, "space")
 _SUPERNET = Section(SupernetOptions, "weights")
 _DATA = Section(DataOptions, "data")
-_IMAGES = Section(data.Options, "images", hidden=("batch_size", "seed"))
+_IMAGES = Section(data.Options, "images", hidden=("batch_size", "seed", "device"))
 _CONSTRAINTS = Section(ConstraintOptions, "constraints of the candidates")
 _SEARCH = Section(SearchOptions, "search", hidden=("constraints",))
 _END = (

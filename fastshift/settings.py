@@ -131,7 +131,7 @@ class DataOptions:
     """The images.
 
     Attributes:
-        data: `digits`, `cifar10:DIR`, `cifar100:DIR`, `npz:FILE` or `folder:DIR`.
+        data: `digits`, `cifar10:DIR`, `cifar100:DIR`, `npz:FILE`, `folder:DIR` or `dali:DIR`.
     """
 
     data: str | None = None

@@ -17,6 +17,7 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "numpy": _version("numpy"),
+        "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
         "python": platform.python_version(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),

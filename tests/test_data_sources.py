@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fastshift import data as fsdata
-from fastshift.errors import DataError
+from fastshift.errors import DataError, MissingExtraError
 
 
 def pictures(num=40, size=8, channels=3, num_classes=2, seed=0):
@@ -44,15 +45,31 @@ def refusal(spec, **options):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "digit", "npz", "npz:", "folder:", "cifar10", "cifar11:x", "digits:x", "c10.npz"]
+    "spec",
+    ["", "digit", "npz", "npz:", "folder:", "dali:", "cifar10", "cifar11:x", "digits:x", "c10.npz"],
 )
 def test_an_unknown_spec_is_refused_with_the_known_ones(spec):
     message = refusal(spec)
     assert message.startswith(f"data {spec!r}: not a known spec, expected one of digits, ")
 
 
-def test_dali_is_said_to_be_unavailable():
-    assert refusal("dali:x") == "data 'dali:x': not available in this version, expected folder:DIR"
+def test_dali_where_it_is_not_installed_is_refused_with_the_extra(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(MissingExtraError, match=r"'nvidia.dali' is needed .* the extra 'dali'"):
+        fsdata.load(f"dali:{folder}")
+
+
+@pytest.mark.parametrize(("name", "value"), [("crop_area", 0.5), ("color_jitter", 0.4)])
+def test_what_only_dali_does_is_refused_of_other_data(folder, name, value):
+    message = refusal(f"folder:{folder}", **{name: value})
+    assert message.startswith(f"{name}={value}: only data from dali:DIR has it")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("crop_area", 0.0), ("crop_area", 1.5), ("color_jitter", float("nan"))]
+)
+def test_augmentation_out_of_range_is_refused(name, value):
+    assert refusal("digits", **{name: value}).startswith(f"{name}={value}: expected ")
 
 
 def test_an_npz_gives_the_same_data_as_its_arrays(tmp_path):

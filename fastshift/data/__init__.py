@@ -9,6 +9,7 @@ import numpy as np
 
 from fastshift.data.arrays import ArraySource, read_npz
 from fastshift.data.batches import FixedBatches, TrainBatches
+from fastshift.data.dali import read_dali
 from fastshift.data.dataset import Data, assemble
 from fastshift.data.digits import read_digits
 from fastshift.data.image_folder import read_folder
@@ -18,7 +19,7 @@ from fastshift.errors import DataError
 
 __all__ = ["Data", "FixedBatches", "Options", "TrainBatches", "from_arrays", "load"]
 
-SPECS = ("digits", "cifar10:DIR", "cifar100:DIR", "npz:FILE", "folder:DIR")
+SPECS = ("digits", "cifar10:DIR", "cifar100:DIR", "npz:FILE", "folder:DIR", "dali:DIR")
 
 
 def load(spec: str, **options: Any) -> Data:
@@ -26,8 +27,9 @@ def load(spec: str, **options: Any) -> Data:
 
     Args:
         spec: `digits`, `cifar10:DIR`, `cifar100:DIR` (torchvision's layout; downloaded where
-            missing), `npz:FILE` (`x_train y_train x_test y_test`, uint8 NHWC and integers) or
-            `folder:DIR` (`train/` and `val/` of class folders).
+            missing), `npz:FILE` (`x_train y_train x_test y_test`, uint8 NHWC and integers),
+            `folder:DIR` (`train/` and `val/` of class folders) or `dali:DIR` (the same, decoded and
+            augmented by NVIDIA DALI).
         **options: the fields of `Options`: `batch_size`, `seed`, `validation_size`, ...
 
     Returns:
@@ -45,6 +47,9 @@ def load(spec: str, **options: Any) -> Data:
     """
     chosen = Options(**options)
     kind, _, place = spec.partition(":")
+    if kind == "dali" and place:
+        train, test, class_names = read_dali(place, chosen)
+        return assemble(train, test, chosen, spec=spec, class_names=class_names)
     if spec == "digits":
         return _from_members(read_digits(), chosen, spec=spec, flip=False)
     if kind == "npz" and place:
@@ -55,8 +60,6 @@ def load(spec: str, **options: Any) -> Data:
     if kind == "folder" and place:
         train, test, class_names = read_folder(place, chosen.image_size)
         return assemble(train, test, chosen, spec=spec, class_names=class_names)
-    if kind == "dali":
-        raise DataError(f"data {spec!r}: not available in this version, expected folder:DIR")
     raise DataError(f"data {spec!r}: not a known spec, expected one of {', '.join(SPECS)}")
 
 

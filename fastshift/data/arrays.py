@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastshift.data.batches import Source
 from fastshift.data.splits import check_labels
 from fastshift.errors import DataError
 
@@ -19,7 +20,7 @@ MEMBERS = ("x_train", "y_train", "x_test", "y_test")
 CHUNK = 1024  # images converted at a time
 
 
-class ArraySource:
+class ArraySource(Source):
     """Labelled images held in memory.
 
     Args:

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastshift.data.options import Options
+from fastshift.errors import DataError
+
 __all__ = ["Augmentation", "FixedBatches", "Normalisation", "Source", "TrainBatches"]
 
 Batch = tuple[Tensor, Tensor]
@@ -43,6 +46,50 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """Return a sha256 over what the source holds, as hexadecimal digits."""
+
+    def train_batches(
+        self, positions: np.ndarray, *, options: Options, normalise: Normalisation, flip: bool
+    ) -> TrainBatches:
+        """Return the images at `positions` as an endless stream.
+
+        Args:
+            positions: of the training part, `[n]`.
+            options: the caller's choices.
+            normalise: of the training part.
+            flip: whether augmentation flips.
+
+        Raises:
+            DataError: an option is given that this kind of source has not.
+        """
+        for name, unset in (("crop_area", None), ("color_jitter", 0)):
+            if (value := getattr(options, name)) != unset:
+                raise DataError(f"{name}={value}: only data from dali:DIR has it, expected {unset}")
+        augmentation = Augmentation(
+            padding=self.image_size // 8,
+            fill=tuple(round(255 * mean) for mean in normalise.mean),
+            flip=flip,
+        )
+        return TrainBatches(
+            self,
+            positions,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            normalise=normalise,
+            augmentation=augmentation if options.augment else None,
+        )
+
+    def fixed_batches(
+        self,
+        positions: np.ndarray,
+        *,
+        batch_size: int,
+        normalise: Normalisation,
+        cache_bytes: int,
+    ) -> FixedBatches:
+        """Return the images at `positions` as a list of batches, the same every time."""
+        return FixedBatches(
+            self, positions, batch_size=batch_size, normalise=normalise, cache_bytes=cache_bytes
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +145,10 @@ class Augmentation:
             flipped = np.flatnonzero(rng.random(num) < 0.5)
             pixels[flipped] = pixels[flipped][..., ::-1]
         return torch.from_numpy(pixels)
+
+    def describe(self) -> dict[str, object]:
+        """Return what it does, ready for JSON."""
+        return {"crop_padding": self.padding, "flip": self.flip}
 
 
 class TrainBatches:
@@ -156,14 +207,25 @@ class TrainBatches:
         Raises:
             ValueError: `index` is negative or `size` is not positive.
         """
-        size = self.batch_size if size is None else size
-        if index < 0 or size < 1:
-            raise ValueError(f"index={index}, size={size}: expected index >= 0 and size >= 1")
+        size = self._checked_size(index, size)
         positions = self._positions[self._draw(index * size, (index + 1) * size, stream)]
         images = self._source.take(positions)
         if self.augmentation is not None:
             images = self.augmentation(images, self._rng(stream, 1, index))
         return self._normalise(images), torch.from_numpy(self._source.labels[positions])
+
+    def describe(self) -> dict[str, object]:
+        """Return what is done to the images, ready for JSON."""
+        if self.augmentation is None:
+            return {"crop_padding": 0, "flip": False}
+        return self.augmentation.describe()
+
+    def _checked_size(self, index: int, size: int | None) -> int:
+        """Return the size of a batch that was asked for, the default resolved."""
+        size = self.batch_size if size is None else size
+        if index < 0 or size < 1:
+            raise ValueError(f"index={index}, size={size}: expected index >= 0 and size >= 1")
+        return size
 
     def _draw(self, start: int, stop: int, stream: str) -> np.ndarray:
         """Return elements `start` to `stop` of the stream's concatenated permutations."""
@@ -230,10 +292,15 @@ class FixedBatches:
         index = range(len(self))[index]
         batch = self._kept[index]
         if batch is None:
-            start = index * self.batch_size
-            positions = self._positions[start : start + self.batch_size]
-            images = self._normalise(self._source.take(positions))
-            batch = images, torch.from_numpy(self._source.labels[positions])
+            positions = self._positions_of(index)
+            batch = self._read(index), torch.from_numpy(self._source.labels[positions])
             if self._is_kept:
                 self._kept[index] = batch
         return batch
+
+    def _positions_of(self, index: int) -> np.ndarray:
+        return self._positions[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def _read(self, index: int) -> Tensor:
+        """Return the normalised images of batch `index`."""
+        return self._normalise(self._source.take(self._positions_of(index)))

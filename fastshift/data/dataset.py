@@ -8,13 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastshift.data.batches import (
-    Augmentation,
-    FixedBatches,
-    Normalisation,
-    Source,
-    TrainBatches,
-)
+from fastshift.data.batches import FixedBatches, Normalisation, Source, TrainBatches
 from fastshift.data.options import Options, check_at_least
 from fastshift.data.splits import check_classes, keep_classes, stratified
 from fastshift.errors import DataError
@@ -70,7 +64,6 @@ class Data:
 
     def describe(self) -> dict[str, object]:
         """Return counts, normalisation and a digest of the contents, ready for JSON."""
-        augmentation = self.train.augmentation
         return {
             "spec": self.spec,
             "seed": self.seed,
@@ -86,8 +79,7 @@ class Data:
             "batch_size": self.train.batch_size,
             "validation_batch_size": self.validation.batch_size,
             "calibration_batch_size": self.calibration.batch_size,
-            "crop_padding": 0 if augmentation is None else augmentation.padding,
-            "flip": augmentation is not None and augmentation.flip,
+            **self.train.describe(),
             "mean": list(self.mean),
             "std": list(self.std),
             "digest": self.digest,
@@ -139,27 +131,19 @@ def assemble(
     normalise = _measure(train, rest)
 
     def fixed(source: Source, positions: np.ndarray, batch_size: int) -> FixedBatches:
-        return FixedBatches(
-            source,
+        return source.fixed_batches(
             positions,
             batch_size=batch_size,
             normalise=normalise,
             cache_bytes=options.max_memory_bytes // 4,
         )
 
-    augmentation = Augmentation(
-        padding=train.image_size // 8,
-        fill=tuple(round(255 * mean) for mean in normalise.mean),
-        flip=flip if options.flip is None else options.flip,
-    )
     return Data(
-        train=TrainBatches(
-            train,
+        train=train.train_batches(
             rest,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            options=options,
             normalise=normalise,
-            augmentation=augmentation if options.augment else None,
+            flip=flip if options.flip is None else options.flip,
         ),
         validation=fixed(train, held, options.validation_batch_size),
         calibration=fixed(train, rest[chosen], calibration_batch_size),

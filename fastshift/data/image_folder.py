@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastshift.data.arrays import ArraySource
+from fastshift.data.batches import Source
 from fastshift.errors import DataError, missing_extra
 
-__all__ = ["FolderSource", "read_folder"]
+__all__ = ["FolderSource", "open_image", "read_folder"]
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -23,7 +27,7 @@ MODES = frozenset({"1", "CMYK", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YC
 CHUNK = 1024  # images decoded at a time
 
 
-class FolderSource:
+class FolderSource(Source):
     """Labelled image files, decoded to RGB each time they are taken.
 
     The middle square of an image is scaled to the source's size (Pillow's antialiased bilinear).
@@ -84,40 +88,48 @@ class FolderSource:
 
     def _decode(self, path: Path) -> np.ndarray:
         """Return one image as `[S, S, 3]` uint8."""
-        image_module = _pillow()
         size = (self.image_size, self.image_size)
-        try:
-            with image_module.open(path) as image:
-                if image.mode not in MODES:
-                    raise DataError(f"{path}: mode {image.mode}, expected 8 bits a channel")
-                # a JPEG is decoded at half, a quarter or an eighth where that is twice the target
-                image.draft(None, (2 * size[0], 2 * size[1]))
-                pixels = image.convert("RGB")
+        with open_image(path) as image:
+            # a JPEG is decoded at half, a quarter or an eighth where that is twice the target
+            image.draft(None, (2 * size[0], 2 * size[1]))
+            pixels = image.convert("RGB")
             if pixels.size != size:
                 side = min(pixels.size)
                 left, top = ((length - side) // 2 for length in pixels.size)
                 box = (left, top, left + side, top + side)
-                pixels = pixels.resize(size, image_module.Resampling.BILINEAR, box=box)
-            return np.asarray(pixels)
-        except DataError:
-            raise
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            image_module.DecompressionBombError,
-        ) as error:
-            raise DataError(f"{path}: {error}, expected a whole image file") from error
+                pixels = pixels.resize(size, _pillow().Resampling.BILINEAR, box=box)
+        return np.asarray(pixels)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Any]:
+    """Open an image file as Pillow's `Image`, its pixels not yet decoded.
+
+    Raises:
+        DataError: it is no image of 8 bits a channel, or turns out damaged while it is open.
+        MissingExtraError: Pillow is not installed.
+    """
+    image_module = _pillow()
+    try:
+        with image_module.open(path) as image:
+            if image.mode not in MODES:
+                raise DataError(f"{path}: mode {image.mode}, expected 8 bits a channel")
+            yield image
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise DataError(f"{path}: {error}, expected a whole image file") from error
 
 
 def read_folder(
-    directory: str, image_size: int | None
+    directory: str, image_size: int | None, kind: str = "folder"
 ) -> tuple[FolderSource, FolderSource, tuple[str, ...]]:
     """List the images of `train/` and `val/`, each a directory of class folders.
 
     Args:
         directory: the directory that holds both.
         image_size: side of the decoded images; if None all must be square and of one size.
+        kind: what error messages call the source.
 
     Returns:
         The training set, the test set, and the class names, which are the folders of `train/`.
@@ -127,7 +139,7 @@ def read_folder(
             differ in size and no `image_size` is given.
         MissingExtraError: Pillow is not installed.
     """
-    where = f"folder:{directory}"
+    where = f"{kind}:{directory}"
     _pillow()
     root = Path(directory).expanduser()
     for part in (root, root / "train", root / "val"):

@@ -56,11 +56,18 @@ class Options:
         validation_batch_size: images in a batch of the scoring and the test set.
         image_size: side to bring the images to, in pixels; as they are if None.
         augment: whether training batches are augmented: a random crop of the image padded by an
-            eighth of its size, and a flip.
+            eighth of its size, and a flip; `dali` crops a part of random area and aspect ratio
+            instead, and scales it.
         flip: whether augmentation flips; if None it does, but not for `digits`.
         classes: keep the images with these labels only, relabelled from 0 in this order.
         limit: keep this many training images only, stratified.
         max_memory_bytes: size up to which images from files are decoded once and held in memory.
+        crop_area: of `dali` alone: smallest share of an image's area that a random crop takes,
+            above 0, at most 1; if None 0.08.
+        color_jitter: of `dali` alone: how far augmentation moves brightness, contrast and
+            saturation, each by a factor drawn from 1 - color_jitter to 1 + color_jitter.
+        device: of `dali` alone: what decodes and holds the batches, `cpu`, `cuda`, `cuda:N`, or
+            `auto`, a GPU where there is one.
     """
 
     batch_size: int = 128
@@ -76,12 +83,19 @@ class Options:
     classes: Sequence[int] | None = None
     limit: int | None = None
     max_memory_bytes: int = 4 * 2**30
+    crop_area: float | None = None
+    color_jitter: float = 0.0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, lowest in LOWEST.items():
             value = getattr(self, name)
             if value is not None or name in REQUIRED:
                 object.__setattr__(self, name, check_at_least(name, value, lowest))
+        if self.crop_area is not None and not 0 < self.crop_area <= 1:
+            raise DataError(f"crop_area={self.crop_area!r}: expected a share above 0, at most 1")
+        if not 0 <= self.color_jitter <= 1:
+            raise DataError(f"color_jitter={self.color_jitter!r}: expected 0 to 1")
         if self.classes is not None:
             classes = list(self.classes)
             if len(set(classes)) < max(2, len(classes)):
