@@ -62,6 +62,28 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     return perf_counter() - begin, found
 
 
+class Turns:
+    """Baselines that take turns with a benchmark's rounds: pass it as `pedantic`'s `setup`.
+
+    What else the machine does then weighs on all alike, and `recording.figures` compares round by
+    round.
+
+    Args:
+        calls: of each baseline, by name.
+
+    Attributes:
+        times: seconds of each baseline, one a round, warm-ups' first.
+    """
+
+    def __init__(self, calls: dict[str, Callable[[], object]]) -> None:
+        self._calls = calls
+        self.times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def __call__(self) -> None:
+        for name, call in self._calls.items():
+            self.times[name].append(seconds(call)[0])
+
+
 def agree(
     found: Sequence[float],
     wanted: Sequence[float],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from baselines import PRECISIONS, folded, median_seconds, scope, seconds, variants
+from baselines import PRECISIONS, Turns, folded, scope, seconds, variants
 from recording import figures, kernels, note
 from torch import nn
 
@@ -60,8 +60,11 @@ class Case:
         parts = {"stem": self.module, "head": nn.Identity(), "blocks": []}
         self.norms = BatchNorms(SimpleNamespace(**parts, memory_format=None))
 
-    def measure(self, benchmark, call):
-        benchmark.pedantic(call, rounds=self.rounds, iterations=3, warmup_rounds=1)
+    def measure(self, benchmark, call, calls):
+        """Time a call in turns with the baselines; their seconds."""
+        turns = Turns(calls)
+        benchmark.pedantic(call, setup=turns, rounds=self.rounds, warmup_rounds=2)
+        return turns.times
 
     def note(self, benchmark, item, times, gflop, compile_seconds):
         if benchmark.stats is None:
@@ -80,7 +83,7 @@ class Case:
             kernels=ran,
             gflop=round(gflop, 4),
             compile_seconds=compile_seconds,
-            **figures(benchmark.stats.stats.median, times),
+            **figures(benchmark.stats.stats.data, times),
         )
 
 
@@ -95,7 +98,7 @@ def test_inference(benchmark, block, precision):
     case = Case(block, precision, benchmark.enabled)
     module = case.module.eval()
     moments = [(norm.running_mean, norm.running_var) for _, norm in case.norms.of(module)]
-    times, compiling = {}, {}
+    calls, compiling = {}, {}
     with torch.no_grad():
         want = module.double()(case.x.double())
         module.float()
@@ -108,10 +111,14 @@ def test_inference(benchmark, block, precision):
         for variant in variants(precision):
             net, rows = variant.copy_of(module), variant.rows(case.x)
             net = folded(net) if variant.kind == "folded" else net
-            with variant.scope():
-                compiling |= first_call(variant, lambda n=net, r=rows: n(r))
-                times[variant.name] = median_seconds(lambda n=net, r=rows: n(r), case.rounds)
-        case.measure(benchmark, ours)
+
+            def call(net=net, rows=rows, variant=variant):
+                with variant.scope():
+                    return net(rows)
+
+            compiling |= first_call(variant, call)
+            calls[variant.name] = call
+        times = case.measure(benchmark, ours, calls)
     case.note(benchmark, "block inference", times, case.gflop, compiling)
 
 
@@ -130,7 +137,7 @@ def test_training(benchmark, block, precision):
     with torch.no_grad():
         given = ours()
         own_dy = torch.randn_like(given)
-    times, compiling = {}, {}
+    calls, compiling = {}, {}
     for variant in variants(precision, training=True):
         net, own = variant.copy_of(module), variant.rows(case.x.detach()).requires_grad_()
         dy = variant.rows(own_dy)
@@ -141,8 +148,8 @@ def test_training(benchmark, block, precision):
             y.backward(dy.to(y.dtype))
 
         compiling |= first_call(variant, call)
-        times[variant.name] = median_seconds(call, case.rounds)
+        calls[variant.name] = call
         with torch.no_grad(), variant.scope():
             assert global_error([given], [net(own)]) < TOLERANCE[precision]
-    case.measure(benchmark, lambda: ours(own_dy))
+    times = case.measure(benchmark, lambda: ours(own_dy), calls)
     case.note(benchmark, "block training", times, 3 * case.gflop, compiling)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,27 +46,41 @@ def kernels(module: torch.nn.Module, x: torch.Tensor) -> str:
     return "PyTorch" if block_of(module, x) is None else instruction_set()
 
 
-def figures(own: float, baselines: dict[str, float], sharing: float = 1.0) -> dict[str, Any]:
+def figures(
+    own: Sequence[float], baselines: dict[str, Sequence[float]], sharing: float = 1.0
+) -> dict[str, Any]:
     """The ratios of a figure to its baselines.
 
     Args:
-        own: seconds.
-        baselines: seconds by variant; a `folded` one goes beyond the baseline's definition.
+        own: seconds of each round.
+        baselines: seconds of each round by variant, as many as `own` or, before them, warm-ups'
+            too; or those of a variant that was not timed in turns, fewer. A `folded` one goes
+            beyond the baseline's definition.
         sharing: of the plan.
 
     Returns:
         `ratio` over the fastest baseline, `ratio_folded` over the fastest with the folded ones,
-        `ratio_over_sharing`.
+        `ratio_over_sharing`. A ratio is the median over the rounds where there are turns.
     """
-    plain = {name: t for name, t in baselines.items() if not name.startswith("folded")}
-    best = min(plain, key=plain.get)
+
+    baselines = {name: times[-len(own) :] for name, times in baselines.items()}
+
+    def ratio(names: Iterable[str]) -> float:
+        times = baselines[min(names, key=lambda name: median(baselines[name]))]
+        if len(times) < len(own):
+            return median(times) / median(own)
+        return median(t / o for t, o in zip(times, own, strict=True))
+
+    plain = [name for name in baselines if not name.startswith("folded")]
+    found = ratio(plain)
     return {
-        "baseline": best,
-        "baseline_seconds": {name: _short(t) for name, t in baselines.items()},
-        "ratio": _short(plain[best] / own),
-        "ratio_folded": _short(min(baselines.values()) / own),
+        "baseline": min(plain, key=lambda name: median(baselines[name])),
+        "baseline_seconds": {name: _short(median(times)) for name, times in baselines.items()},
+        "turns": any(len(times) == len(own) > 1 for times in baselines.values()),
+        "ratio": _short(found),
+        "ratio_folded": _short(ratio(baselines)),
         "sharing": _short(sharing),
-        "ratio_over_sharing": _short(plain[best] / own / sharing),
+        "ratio_over_sharing": _short(found / sharing),
     }
 
 

@@ -7,6 +7,8 @@ import re
 
 import pytest
 import speed
+from baselines import Turns
+from recording import figures
 from speed_tables import FLOORS, details, summary
 
 MACHINE = {
@@ -183,3 +185,30 @@ def test_the_subset_takes_each_kind_of_its_ids():
     )
     assert all(re.search(speed.SUBSET, name) for name in taken)
     assert not any(re.search(speed.SUBSET, name) for name in left)
+
+
+def test_a_ratio_is_the_median_of_its_rounds_where_baselines_take_turns():
+    """The machine slows down by ten in one round: no median of either alone would show 2 and 3."""
+    own = [1.0, 10.0, 1.1]
+    times = {"eager": [50.0, 2.0, 20.0, 2.2], "slow": [9.0, 4.0, 40.0, 4.4], "folded": [1.0]}
+    found = figures(own, times, sharing=2.0)
+    assert found["baseline"] == "eager"
+    assert found["turns"]
+    assert found["ratio"] == pytest.approx(2.0)
+    assert found["ratio_over_sharing"] == pytest.approx(1.0)
+    assert found["ratio_folded"] == pytest.approx(1.0 / 1.1, rel=1e-3)
+
+
+def test_a_baseline_that_was_timed_once_is_compared_with_the_median():
+    found = figures([1.0, 2.0, 3.0], {"released loop": [8.0]})
+    assert not found["turns"]
+    assert found["ratio"] == 4.0
+
+
+def test_each_baseline_is_called_once_a_round():
+    order = []
+    turns = Turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    assert turns() is None
+    turns()
+    assert order == ["a", "b", "a", "b"]
+    assert [len(times) for times in turns.times.values()] == [2, 2]
