@@ -76,6 +76,23 @@ std::string without_avx2() {
 }
 #endif
 
+#if FS_X86 && (FS_HAS_PAIRS || defined(FS_EMULATE))
+// A table that has kernels for bfloat16 alone, with AVX-512's for float32: those are compiled once.
+Kernels with_float32(const Kernels& own) {
+  Kernels table = own;
+  const Kernels& other = *kernels_avx512();
+  table.product_forward[kFloat32] = other.product_forward[kFloat32];
+  table.depthwise_forward[kFloat32] = other.depthwise_forward[kFloat32];
+  table.product_backward[kFloat32] = other.product_backward[kFloat32];
+  table.depthwise_backward[kFloat32] = other.depthwise_backward[kFloat32];
+  table.correct[kFloat32] = other.correct[kFloat32];
+  table.centre[kFloat32] = other.centre[kFloat32];
+  table.apply[kFloat32] = other.apply[kFloat32];
+  table.reduce[kFloat32] = other.reduce[kFloat32];
+  return table;
+}
+#endif
+
 }  // namespace
 
 std::vector<Level> levels() {
@@ -83,8 +100,10 @@ std::vector<Level> levels() {
 #if FS_X86
   __builtin_cpu_init();
 #if FS_HAS_PAIRS
-  found.push_back({"amx", without_amx(), kernels_amx()});
-  found.push_back({"avx512_bf16", without_avx512_bf16(), kernels_avx512_bf16()});
+  static const Kernels amx = with_float32(*kernels_amx());
+  static const Kernels avx512_bf16 = with_float32(*kernels_avx512_bf16());
+  found.push_back({"amx", without_amx(), &amx});
+  found.push_back({"avx512_bf16", without_avx512_bf16(), &avx512_bf16});
 #else
   for (const char* name : {"amx", "avx512_bf16"}) {
     found.push_back({name, "the compiler of this build lacks it", nullptr});
@@ -104,8 +123,10 @@ std::vector<Level> levels() {
   found.push_back({"generic", "", kernels_generic()});
 #if defined(FS_EMULATE) && FS_X86
   // For tests, on machines without the instructions.
-  found.push_back({"emulated_avx512_bf16", without_avx512(), kernels_emulated_pairs()});
-  found.push_back({"emulated_amx", without_avx512(), kernels_emulated_amx()});
+  static const Kernels emulated_pairs = with_float32(*kernels_emulated_pairs());
+  static const Kernels emulated_amx = with_float32(*kernels_emulated_amx());
+  found.push_back({"emulated_avx512_bf16", without_avx512(), &emulated_pairs});
+  found.push_back({"emulated_amx", without_avx512(), &emulated_amx});
 #endif
   for (Level& level : found) {
     if (!level.reason.empty()) level.kernels = nullptr;
