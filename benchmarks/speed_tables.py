@@ -241,7 +241,8 @@ def summary(record: dict[str, Any]) -> str:
         "aim",
     )
     text = (
-        "How many times as fast as PyTorch, median against median, in one run. The baseline is the "
+        "How many times as fast as PyTorch, in one run, the two in turns where the record says so. "
+        "The baseline is the "
         "fastest of PyTorch channels first and last, one path at a time, cached data, no gradients "
         "in scoring, same precision (bf16: autocast, and for inference cast weights); *with folded "
         "norms* also lets it fold batch norms into convolutions. S is what the generation's trie "
@@ -302,7 +303,8 @@ def details(record: dict[str, Any]) -> str:
         "## CPU speed, figure by figure\n\n"
         "Record: [`cpu_speed.json`](records/cpu_speed.json), made by `make speed`; the tables "
         "against the floors are in the README of the project. Times in milliseconds; each ratio is "
-        "over the fastest baseline that is not folded. Equality is checked before a row is kept: "
+        "over the fastest baseline that is not folded, the median over the rounds where both took "
+        "turns (`turns` in the record), else median against median. Equality is checked before a row is kept: "
         "fp32 blocks to 1e-5 of float64, losses to 1e-4 in scoring and 1e-3 in training; bf16 "
         "blocks to 3e-2 of float64, losses in the mean square at most twice as far from fp32's as "
         "PyTorch's bf16 are, or to 1e-2.\n\n"
