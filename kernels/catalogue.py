@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 __all__ = ["LISTED", "Case", "Inputs", "Launch", "Level", "Network", "Recording", "cases", "record"]
 
 # Files of this package that have a `catalogue`, in the order of the table.
-LISTED: tuple[str, ...] = ()
+LISTED: tuple[str, ...] = ("loss",)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {
@@ -168,6 +168,7 @@ class Case:
         flops: multiply-adds of the definition.
         read_bytes, written_bytes: of inputs and outputs, each touched once.
         launches: how many kernels may start, PyTorch's own included.
+        width: bytes of the widest access that the shape admits; 16 is the widest there is.
         dot: whether it is a matrix product, so that tensor cores are expected.
     """
 
@@ -179,6 +180,7 @@ class Case:
     read_bytes: int
     written_bytes: int
     launches: int
+    width: int = 16
     dot: bool = False
 
 
