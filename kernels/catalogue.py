@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 __all__ = ["LISTED", "Case", "Inputs", "Launch", "Level", "Network", "Recording", "cases", "record"]
 
 # Files of this package that have a `catalogue`, in the order of the table.
-LISTED: tuple[str, ...] = ("loss",)
+LISTED: tuple[str, ...] = ("loss", "sgd", "images")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {
@@ -164,7 +164,8 @@ class Case:
         name: of the operator, such as `candidate_loss`.
         site: the named shape.
         dtype: `fp32`, `fp16` or `bf16`.
-        run: calls the launcher with tensors on the device it is given.
+        prepare: makes the launcher's arguments, tensors on the device it is given.
+        launcher: what is checked; it is called with them.
         flops: multiply-adds of the definition.
         read_bytes, written_bytes: of inputs and outputs, each touched once.
         launches: how many kernels may start, PyTorch's own included.
@@ -175,7 +176,8 @@ class Case:
     name: str
     site: str
     dtype: str
-    run: Callable[[str], Any]
+    prepare: Callable[[str], tuple]
+    launcher: Callable[..., Any]
     flops: int
     read_bytes: int
     written_bytes: int

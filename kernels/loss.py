@@ -4,7 +4,7 @@ Fused: the log-softmax over classes, label smoothing, the picked label, the argm
 images, for all candidates. With `p = softmax(x)`, smoothing `e` and label `y`,
 
     loss_d = sum_n (1 - e) (-log p_y) + e mean_k (-log p_k)
-    d x_k  = d loss_d (p_k - (1 - e) [k = y] - e / K)
+    d x_k  = d loss_d (p_k - [k = y] + e ([k = y] - 1 / K))
 
 The forward pass reads the logits once and writes two numbers a candidate and tile of images; the
 backward pass reads them once and writes their gradient once. Candidate by candidate PyTorch reads
@@ -66,8 +66,8 @@ def candidate_loss_backward_ref(
     wide = torch.promote_types(logits.dtype, torch.float32)
     num_classes = logits.shape[-1]
     classes = torch.arange(num_classes, device=logits.device)
-    target = (1 - label_smoothing) * (labels[:, None] == classes).to(wide)
-    target = target + label_smoothing / num_classes
+    target = (labels[:, None] == classes).to(wide)
+    target = target - label_smoothing * (target - 1 / num_classes)
     known = ((labels >= 0) & (labels < num_classes))[:, None]
     slope = torch.where(known, logits.to(wide).softmax(dim=-1) - target, torch.nan)
     is_leaf = (torch.arange(logits.shape[0], device=logits.device) < num_leaves)[:, None, None]
@@ -217,8 +217,8 @@ def _loss_bwd_kernel(
         x = _row_logits(x_ptr, offs_n, offs_k, k, mask_x, stride_xn, stride_xk, K, VEC)
         classes = k + offs_k
         p = tl.exp(x - top[:, None]) / total[:, None]
-        target = tl.where(classes[None, :] == label[:, None], 1 - smoothing, 0.0)
-        slope = p - target - smoothing / K
+        target = tl.where(classes[None, :] == label[:, None], 1.0, 0.0)
+        slope = (p - target) + smoothing * (target - 1.0 / K)
         dx = tl.where(is_leaf, slope * d_loss[:, None], 0.0)
         mask = mask_n[:, None] & (classes < K)[None, :]
         offs = row[:, None] + classes[None, :]
@@ -431,7 +431,8 @@ def catalogue(network: Network, dtype: str) -> Iterator[Case]:
         "candidate_loss",
         network.name,
         dtype,
-        lambda device: _loss_fwd_triton(*given(device), 0.1),
+        lambda device: (*given(device), 0.1),
+        _loss_fwd_triton,
         flops=3 * shape[0] * shape[1] * shape[2],
         read_bytes=logits + side,
         written_bytes=12 * shape[0],
@@ -442,7 +443,8 @@ def catalogue(network: Network, dtype: str) -> Iterator[Case]:
         "candidate_loss_backward",
         network.name,
         dtype,
-        lambda device: _loss_bwd_triton(Inputs(device).normal(shape[0]), *given(device), 0.1),
+        lambda device: (Inputs(device, 1).normal(shape[0]), *given(device), 0.1),
+        _loss_bwd_triton,
         flops=4 * shape[0] * shape[1] * shape[2],
         read_bytes=logits + side + 4 * shape[0],
         written_bytes=logits,
