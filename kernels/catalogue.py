@@ -169,7 +169,8 @@ class Case:
         flops: multiply-adds of the definition.
         read_bytes, written_bytes: of inputs and outputs, each touched once.
         launches: how many kernels may start, PyTorch's own included.
-        width: bytes of the widest access that the shape admits; 16 is the widest there is.
+        load_width, store_width: bytes of the widest accesses that the shape admits, at most 16.
+        narrow: kernels whose accesses may be narrower, since they touch next to nothing.
         dot: whether it is a matrix product, so that tensor cores are expected.
     """
 
@@ -182,7 +183,9 @@ class Case:
     read_bytes: int
     written_bytes: int
     launches: int
-    width: int = 16
+    load_width: int = 16
+    store_width: int = 16
+    narrow: tuple[str, ...] = ()
     dot: bool = False
 
 
