@@ -21,15 +21,7 @@ from triton.compiler import ASTSource
 
 from fastshift.kernels.catalogue import Launch
 
-__all__ = [
-    "CARDS",
-    "Card",
-    "MachineCode",
-    "compile_launch",
-    "occupancy",
-    "read_code",
-    "tool_output",
-]
+__all__ = ["CARDS", "Card", "MachineCode", "compile_launch", "occupancy", "read_code"]
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,12 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
     Args:
         launch: as `catalogue.record` found it.
         capability: 80, 90 or 100.
+
+    Raises:
+        RuntimeError: the process runs Triton's interpreter, whose kernels cannot be compiled.
     """
+    if knobs.runtime.interpret:
+        raise RuntimeError("compile_launch: under Triton's interpreter; unset TRITON_INTERPRET")
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=launch.options)

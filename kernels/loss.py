@@ -36,7 +36,7 @@ __all__ = [
 
 _TILE = 2048  # logits in registers at a time: 16 a thread with 4 warps
 _MAX_ROWS = 32
-_MAX_TILES = 64  # of images, a candidate
+_MAX_TILES = 128  # of images, a candidate
 
 
 def candidate_loss_ref(
