@@ -1,19 +1,10 @@
 """A population layer with fixed batch norms: every node of a level in two launches, or three.
 
-A program computes one tile, positions by output channels, of one node's stage (`infer_plan`):
-
-    y = act(norm(W act(norm(depthwise(x))))) [+ shortcut],
-    norm(v) = (v - mean) gamma rsqrt(var + eps) + beta
-
-The depthwise convolution is computed for each chunk of channels as the product asks for it, from
-the rows it reads, and never leaves registers; batch norms, activations, the residual, the
-concatenation and the channel shuffle are folded into the same pass. Of an inverted residual, which
-one operator at a time reads and writes ten tensors of hidden or of row size, one hidden tensor is
-written and read. Choice and parent of a node are read from device memory, and what a choice does
-from a table, so one launch serves every population of its size.
-
-Where the output channels take several tiles, each computes the depthwise convolution anew; the tile
-is as wide as `block_sizes` finds that to pay.
+Launch `s` does stage `s` of every node, whatever its choice (`infer_plan`); batch norms,
+activations, the residual, the concatenation and the channel shuffle are folded into it
+(`infer_stage`). Of an inverted residual, which one operator at a time writes and reads eight
+tensors of hidden or of row size, one hidden tensor is written and read. Choice and parent of a node
+are read from device memory, so one launch serves every population of its size.
 """
 
 from __future__ import annotations
@@ -21,373 +12,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastshift.kernels.infer_plan import COLUMNS, KINDS, Layer, Plan, Step, make_plan
+from fastshift.kernels.addresses import ALIGNMENT, address_table
+from fastshift.kernels.infer_plan import KINDS, InferPlan, InferStep, plan_infer
+from fastshift.kernels.infer_stage import infer_kernel
+from fastshift.kernels.plan import Layer, refuse_capture
 
 __all__ = ["Blocks", "block_sizes", "infer"]
 
-_WIDTH = tl.constexpr(len(COLUMNS))
-_VARIANTS = tl.constexpr(2 * len(KINDS))
-_POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = (tl.constexpr(i) for i in range(len(KINDS)))
-(
-    _VARIANT,
-    _FROM_HIDDEN,
-    _SOURCE_AT,
-    _SOURCE_ROW,
-    _HEIGHT,
-    _IN_WIDTH,
-    _OUT_HEIGHT,
-    _OUT_WIDTH,
-    _KERNEL,
-    _STRIDE,
-    _IN_CHANNELS,
-    _OUT_CHANNELS,
-    _TO_HIDDEN,
-    _TARGET_AT,
-    _TARGET_ROW,
-    _ADD,
-    _SPATIAL,
-    _,
-    _,
-    _,
-    _,
-    _,
-    _PRODUCT,
-    *_,
-) = (tl.constexpr(i) for i in range(len(COLUMNS)))
-# From a unit's first column on.
-_SCALE, _SHIFT, _MOMENTS, _RELU, _EPS = (tl.constexpr(i) for i in range(1, 6))
-_ADD_OUTPUT = tl.constexpr(2)
-
-
-@triton.jit
-def _parameter(address_ptr, index, ALIGN: tl.constexpr):
-    """The float32 parameter at a place of the list; the first where there is none."""
-    address = tl.load(address_ptr + tl.maximum(index, 0))
-    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
-
-
-@triton.jit
-def _normalise(
-    values, unit, moments_ptr, address_ptr, offs_c, channels, ADDRESS_ALIGN: tl.constexpr
-):
-    """Batch norm by given moments, and the activation, of `[P, C]` raw values."""
-    mask = offs_c < channels
-    at = tl.load(unit + _MOMENTS)
-    mean = tl.load(moments_ptr + at + offs_c, mask=mask, other=0.0)
-    # One where there is no channel, so that an epsilon of zero makes no NaN there.
-    variance = tl.load(moments_ptr + at + channels + offs_c, mask=mask, other=1.0)
-    eps = tl.load(unit + _EPS).to(tl.int32).to(tl.float32, bitcast=True)
-    index = tl.load(unit + _SCALE)
-    gamma_ptr = _parameter(address_ptr, index, ADDRESS_ALIGN)
-    gamma = tl.load(gamma_ptr + offs_c, mask=mask & (index >= 0), other=1.0)
-    index = tl.load(unit + _SHIFT)
-    beta_ptr = _parameter(address_ptr, index, ADDRESS_ALIGN)
-    beta = tl.load(beta_ptr + offs_c, mask=mask & (index >= 0), other=0.0)
-    # The mean goes first: scale * raw + shift would cancel far from zero.
-    values = (values - mean[None, :]) * (gamma * tl.rsqrt(variance + eps))[None, :] + beta[None, :]
-    # A maximum would turn a NaN to zero.
-    return tl.where((values < 0.0) & (tl.load(unit + _RELU) != 0), 0.0, values)
-
-
-@triton.jit
-def _read(source_ptr, offs, mask, start, channels, BLOCK: tl.constexpr, PART: tl.constexpr):
-    """`[P, BLOCK]` channels from `start` on at offsets `[P]`: all, the odd (1) or even (2) ones.
-
-    Of a pair both are read, in whole vectors, and one is dropped: every other one for itself would
-    take an access each.
-    """
-    if PART == 0:
-        offs_c = start + tl.arange(0, BLOCK)
-        inside = mask[:, None] & (offs_c < channels)[None, :]
-        return tl.load(source_ptr + offs[:, None] + offs_c[None, :], mask=inside, other=0.0)
-    else:
-        offs_c = 2 * start + tl.arange(0, 2 * BLOCK)
-        inside = mask[:, None] & (offs_c < 2 * channels)[None, :]
-        pairs = tl.load(source_ptr + offs[:, None] + offs_c[None, :], mask=inside, other=0.0)
-        even, odd = tl.split(tl.reshape(pairs, (offs.shape[0], BLOCK, 2)))
-        return odd if PART == 1 else even
-
-
-@triton.jit
-def _tap(corner, y, x, dy, dx, height, width, row, mask):
-    """Offsets and mask of the input positions at `(y + dy, x + dx)`; what is outside is zero."""
-    inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-    return (corner + dy * width + dx) * row, mask & inside
-
-
-@triton.jit
-def _depthwise(
-    job,
-    source_ptr,
-    moments_ptr,
-    address_ptr,
-    corner,
-    y,
-    x,
-    mask,
-    height,
-    width,
-    row,
-    kernel,
-    start,
-    channels,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    ADDRESS_ALIGN: tl.constexpr,
-):
-    """`[P, BLOCK]` channels from `start` on of a depthwise unit, normalised and activated."""
-    unit = job + _SPATIAL
-    weight_ptr = _parameter(address_ptr, tl.load(unit), ADDRESS_ALIGN)
-    offs_c = start + tl.arange(0, BLOCK)
-    sums = tl.zeros((corner.shape[0], BLOCK), tl.float32)
-    for dy in range(kernel):
-        for dx in range(kernel):
-            offs, inside = _tap(corner, y, x, dy, dx, height, width, row, mask)
-            values = _read(source_ptr, offs, inside, start, channels, BLOCK, PART)
-            at = (offs_c * kernel + dy) * kernel + dx
-            weight = tl.load(weight_ptr + at, mask=offs_c < channels, other=0.0)
-            sums += values.to(tl.float32) * weight[None, :]
-    return _normalise(sums, unit, moments_ptr, address_ptr, offs_c, channels, ADDRESS_ALIGN)
-
-
-@triton.jit
-def _dot(values, weight, sums, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """`sums + values weight`, weights rounded to the type of the values."""
-    weight = weight.to(values.dtype)
-    if UPCAST:
-        return tl.dot(values.to(tl.float32), weight.to(tl.float32), sums)
-    return tl.dot(values, weight, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def _stage(
-    job,
-    source_ptr,
-    target_ptr,
-    add_ptr,
-    moments_ptr,
-    address_ptr,
-    first,
-    start_n,
-    positions,
-    in_channels,
-    out_channels,
-    KIND: tl.constexpr,
-    PART: tl.constexpr,
-    ADDS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ADDRESS_ALIGN: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One tile of one job: positions from `first` on, output channels from `start_n` on."""
-    height, width = tl.load(job + _HEIGHT).to(tl.int32), tl.load(job + _IN_WIDTH).to(tl.int32)
-    out_width = tl.load(job + _OUT_WIDTH).to(tl.int32)
-    out_size = tl.load(job + _OUT_HEIGHT).to(tl.int32) * out_width
-    kernel, stride = tl.load(job + _KERNEL).to(tl.int32), tl.load(job + _STRIDE).to(tl.int32)
-    row = tl.multiple_of(tl.load(job + _SOURCE_ROW).to(tl.int32), ALIGN)
-    target_row = tl.multiple_of(tl.load(job + _TARGET_ROW).to(tl.int32), ALIGN)
-
-    # Offsets count from the tile's first image on, where 32 bits do.
-    first_image = first // out_size
-    begin = first_image.to(tl.int64) * height * width * row
-    source_ptr += tl.multiple_of(begin, ALIGN)
-    offs_p = first + tl.arange(0, BLOCK_P)
-    mask_p = offs_p < positions
-    image = offs_p // out_size
-    inside = offs_p - image * out_size
-    out_y = inside // out_width
-    y = out_y * stride - kernel // 2
-    x = (inside - out_y * out_width) * stride - kernel // 2
-    corner = ((image - first_image) * height + y) * width + x
-
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < out_channels
-    if KIND == _COPY:
-        # Of a split the even channels pass; `_read` calls them part 2.
-        out = _read(source_ptr, corner * row, mask_p, start_n, out_channels, BLOCK_N, 2 * PART)
-    elif KIND == _DEPTHWISE:
-        out = _depthwise(
-            job,
-            source_ptr,
-            moments_ptr,
-            address_ptr,
-            corner,
-            y,
-            x,
-            mask_p,
-            height,
-            width,
-            row,
-            kernel,
-            start_n,
-            out_channels,
-            BLOCK_N,
-            PART,
-            ADDRESS_ALIGN,
-        )
-    else:
-        weight_ptr = _parameter(address_ptr, tl.load(job + _PRODUCT), ADDRESS_ALIGN)
-        sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-        offs_k = tl.arange(0, BLOCK_K)
-        if KIND == _PAIR:
-            for start in range(0, in_channels, BLOCK_K):
-                values = _depthwise(
-                    job,
-                    source_ptr,
-                    moments_ptr,
-                    address_ptr,
-                    corner,
-                    y,
-                    x,
-                    mask_p,
-                    height,
-                    width,
-                    row,
-                    kernel,
-                    start,
-                    in_channels,
-                    BLOCK_K,
-                    PART,
-                    ADDRESS_ALIGN,
-                ).to(source_ptr.dtype.element_ty)
-                at = offs_n[None, :] * in_channels + start + offs_k[:, None]
-                mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
-                weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
-                sums = _dot(values, weight, sums, PRECISION, UPCAST)
-        elif KIND == _POINTWISE:
-            for start in range(0, in_channels, BLOCK_K):
-                values = _read(source_ptr, corner * row, mask_p, start, in_channels, BLOCK_K, PART)
-                at = offs_n[None, :] * in_channels + start + offs_k[:, None]
-                mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
-                weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
-                sums = _dot(values, weight, sums, PRECISION, UPCAST)
-        else:
-            for tap in range(kernel * kernel):
-                dy, dx = tap // kernel, tap % kernel
-                offs, mask_x = _tap(corner, y, x, dy, dx, height, width, row, mask_p)
-                for start in range(0, in_channels, BLOCK_K):
-                    values = _read(source_ptr, offs, mask_x, start, in_channels, BLOCK_K, PART)
-                    at = offs_n[None, :] * in_channels + start + offs_k[:, None]
-                    mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
-                    weight = tl.load(weight_ptr + at * kernel * kernel + tap, mask=mask, other=0.0)
-                    sums = _dot(values, weight, sums, PRECISION, UPCAST)
-        unit = job + _PRODUCT
-        out = _normalise(sums, unit, moments_ptr, address_ptr, offs_n, out_channels, ADDRESS_ALIGN)
-
-    begin = tl.multiple_of(first.to(tl.int64) * target_row, ALIGN)
-    offs = tl.arange(0, BLOCK_P)[:, None] * target_row + offs_n[None, :]
-    mask = mask_p[:, None] & mask_n[None, :]
-    if ADDS and KIND != _COPY:
-        wanted = tl.load(job + _ADD) != 0
-        out += tl.load(add_ptr + begin + offs, mask=mask & wanted, other=0.0).to(tl.float32)
-    tl.store(target_ptr + begin + offs, out.to(target_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["images", "tiles"])
-def _infer_kernel(
-    rows_ptr,
-    hidden_in_ptr,
-    hidden_out_ptr,
-    out_ptr,
-    moments_ptr,
-    parent_ptr,
-    choice_ptr,
-    table_ptr,
-    address_ptr,
-    images,
-    tiles,
-    row_size,
-    hidden_in_size,
-    hidden_out_size,
-    out_size,
-    moments_size,
-    NUM_JOBS: tl.constexpr,
-    VARIANTS: tl.constexpr,
-    ADDS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ADDRESS_ALIGN: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """A step of all nodes: program `(node, job, tile)`, which leaves where its job has no tile.
-
-    Sizes are elements of a node in each tensor. `VARIANTS` are the bits of those that occur, so
-    that code of no other is there; the job's own picks among them.
-    """
-    program = tl.program_id(0)
-    tile = program % tiles
-    node = (program // tiles) // NUM_JOBS
-    choice = tl.load(choice_ptr + node)
-    if choice < 0:
-        return
-    job = table_ptr + (choice * NUM_JOBS + (program // tiles) % NUM_JOBS) * _WIDTH
-    variant = tl.load(job + _VARIANT)
-    if variant < 0:
-        return
-    in_channels = tl.multiple_of(tl.load(job + _IN_CHANNELS).to(tl.int32), ALIGN)
-    out_channels = tl.multiple_of(tl.load(job + _OUT_CHANNELS).to(tl.int32), ALIGN)
-    positions = images * (tl.load(job + _OUT_HEIGHT) * tl.load(job + _OUT_WIDTH)).to(tl.int32)
-    # Tiles of the same positions follow each other, and find their rows in a cache.
-    across = tl.cdiv(out_channels, BLOCK_N)
-    first = (tile // across) * BLOCK_P
-    if first >= positions:
-        return
-    start_n = (tile % across) * BLOCK_N
-
-    wide = node.to(tl.int64)
-    row_at = tl.multiple_of(tl.load(parent_ptr + node).to(tl.int64) * row_size, ALIGN)
-    out_at = tl.multiple_of(wide * out_size, ALIGN)
-    at = tl.multiple_of(tl.load(job + _SOURCE_AT), ALIGN)
-    source_ptr = rows_ptr + row_at
-    if tl.load(job + _FROM_HIDDEN) != 0:
-        source_ptr = hidden_in_ptr + tl.multiple_of(wide * hidden_in_size + at, ALIGN)
-    at = tl.multiple_of(tl.load(job + _TARGET_AT), ALIGN)
-    target_ptr = out_ptr + tl.multiple_of(out_at + at, ALIGN)
-    if tl.load(job + _TO_HIDDEN) != 0:
-        target_ptr = hidden_out_ptr + tl.multiple_of(wide * hidden_out_size + at, ALIGN)
-    add_ptr = rows_ptr + row_at
-    if tl.load(job + _ADD) == _ADD_OUTPUT:
-        add_ptr = out_ptr + out_at
-    for index in tl.static_range(_VARIANTS):
-        # Of the two conditions the first is decided when compiling.
-        if (VARIANTS >> index) & 1:  # noqa: SIM102
-            if variant == index:
-                _stage(
-                    job,
-                    source_ptr,
-                    target_ptr,
-                    add_ptr,
-                    moments_ptr + wide * moments_size,
-                    address_ptr,
-                    first,
-                    start_n,
-                    positions,
-                    in_channels,
-                    out_channels,
-                    index // 2,
-                    index % 2,
-                    ADDS,
-                    ALIGN,
-                    ADDRESS_ALIGN,
-                    BLOCK_P,
-                    BLOCK_N,
-                    BLOCK_K,
-                    PRECISION,
-                    UPCAST,
-                )
+# Of a thread, so that a multiprocessor holds 16 warps.
+MOST_REGISTERS = 128
 
 
 @dataclass(frozen=True)
@@ -398,15 +37,17 @@ class Blocks:
     channels: int
     depth: int
     warps: int
-    stages: int
+    stages: int = 3
 
 
-def block_sizes(step: Step, images: int, item_size: int, tensor_cores: bool) -> Blocks:
+def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool) -> Blocks:
     """Choose a step's tile: a function of sizes alone.
 
-    A wide tile computes a depthwise convolution less often; one that fits the channels multiplies
-    less padding. In units of one column's products, a tap costs what its loads do: 16 columns on
-    tensor cores, 1 without. Estimates from what the hardware moves a cycle, not measured.
+    Each tile of output channels computes the depthwise convolution anew: a wide one does so less
+    often, one that fits the channels multiplies less padding. In units of one column's products, a
+    tap costs what its loads do: 16 columns on tensor cores, 1 without. Estimates from what the
+    hardware moves a cycle, not measured. The warps are as many as hold the tile's sums, and the
+    depthwise convolution's of a chunk, without a spill.
 
     Args:
         step: the launch.
@@ -414,9 +55,8 @@ def block_sizes(step: Step, images: int, item_size: int, tensor_cores: bool) -> 
         item_size: bytes of a value of the rows.
         tensor_cores: whether products run on them (float32 at full precision does not).
     """
-    per_tap, most, held = (16, 256, 16384) if tensor_cores else (1, 64, 4096)
-    jobs = step.all_jobs
-    products = [job for job in jobs if KINDS[job.kind] in ("pointwise", "dense", "pair")]
+    per_tap, most, sums = (16, 256, 32) if tensor_cores else (1, 128, 16)
+    products = [job for job in step.all_jobs if KINDS[job.kind] in ("pointwise", "dense", "pair")]
 
     def cost(channels: int) -> int:
         return sum(
@@ -426,98 +66,20 @@ def block_sizes(step: Step, images: int, item_size: int, tensor_cores: bool) -> 
             for job in products
         )
 
-    widest = max(job["out_channels"] for job in jobs)
+    widest = max(job["out_channels"] for job in step.all_jobs)
     limit = min(most, max(16, triton.next_power_of_2(widest)))
     widths = [width for width in (256, 128, 64, 32, 16) if width <= limit]
     channels = min(widths, key=cost)
-    positions = images * max(job["out_height"] * job["out_width"] for job in jobs)
-    positions = min(128, held // channels, max(16, triton.next_power_of_2(positions)))
-    deepest = max(job["in_channels"] for job in products) if products else 16
-    depth = min(64 // item_size if tensor_cores else 16, max(16, triton.next_power_of_2(deepest)))
-    return Blocks(positions, channels, depth, 8 if positions * channels > 8192 else 4, 3)
+    positions = images * max(job["out_height"] * job["out_width"] for job in step.all_jobs)
+    positions = max(16, triton.next_power_of_2(positions))
+    positions = min(positions, 128 if tensor_cores and channels <= 64 else 64)
+    deepest = max((job["in_channels"] for job in products), default=16)
+    depth = min(64 // item_size, max(16, triton.next_power_of_2(deepest)))
+    warps = max(4, positions // 16, positions * channels // (32 * sums))
+    return Blocks(positions, channels, depth, warps)
 
 
-# Never emptied: a captured graph goes on reading a table where it was.
-@cache
-def _tables(plan: Plan, device: torch.device) -> tuple[Tensor, ...]:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "layer_infer: rows of a size that was not seen before; "
-            "run it once before it is captured in a graph"
-        )
-    return tuple(torch.tensor(step.table, dtype=torch.int64, device=device) for step in plan.steps)
-
-
-def infer(
-    rows: Tensor,
-    parent: Tensor,
-    choice: Tensor,
-    addresses: Tensor,
-    moments: Tensor,
-    layer: Layer,
-    shape: Sequence[int],
-    *,
-    address_align: int = 4,
-    tf32: bool = False,
-) -> Tensor:
-    """Compute a level's nodes with batch norms that normalise by given moments.
-
-    Args:
-        rows: of the level above, `[R, N, H, W, C]` float32, float16 or bfloat16.
-        parent: index into `rows` of each node, `[M]` int32.
-        choice: candidate op of each node, `[M]` int32; the row of a negative one is not written.
-        addresses: of the layer's parameters, each contiguous float32, in order, int64.
-        moments: mean and variance of each unit's channels, of each node, `[M, K]` float32.
-        layer: what its choices compute.
-        shape: of a node's row: height, width, channels.
-        address_align: bytes that every address is a multiple of.
-        tf32: whether products of float32 rows may run on tensor cores, rounded to TF32.
-
-    Returns:
-        The nodes' rows, `[M, N, H', W', C']`, of the type of `rows`.
-
-    Raises:
-        ValueError: one image has more elements than offsets within a tile can reach.
-        RuntimeError: a graph is being captured, and rows of this size were not seen before it.
-    """
-    nodes, images = choice.shape[0], rows.shape[1]
-    out = torch.empty((nodes, images, *shape), dtype=rows.dtype, device=rows.device)
-    if out.numel() == 0:
-        return out
-    rows, moments = rows.contiguous(), moments.contiguous()
-    plan = make_plan(layer, *rows.shape[1:])
-    tensor_cores = tf32 or rows.dtype is not torch.float32
-    hidden = [
-        torch.empty(nodes * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
-    ]
-    for index, (step, table) in enumerate(zip(plan.steps, _tables(plan, rows.device), strict=True)):
-        blocks = block_sizes(step, images, rows.element_size(), tensor_cores)
-        tiles = num_tiles(step, images, blocks)
-        _infer_kernel[(nodes * step.num_jobs * tiles,)](
-            rows,
-            hidden[1 - index % 2],
-            hidden[index % 2],
-            out,
-            moments,
-            parent,
-            choice,
-            table,
-            addresses,
-            images,
-            tiles,
-            rows[0].numel(),
-            plan.hidden[1 - index % 2],
-            plan.hidden[index % 2],
-            out[0].numel(),
-            moments.shape[1],
-            **step_constants(step, blocks, address_align, tf32),
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
-    return out
-
-
-def num_tiles(step: Step, images: int, blocks: Blocks) -> int:
+def num_tiles(step: InferStep, images: int, blocks: Blocks) -> int:
     """Tiles of the largest job of a step: the programs of each job."""
     return max(
         triton.cdiv(images * job["out_height"] * job["out_width"], blocks.positions)
@@ -526,18 +88,123 @@ def num_tiles(step: Step, images: int, blocks: Blocks) -> int:
     )
 
 
-def step_constants(step: Step, blocks: Blocks, address_align: int, tf32: bool) -> dict[str, object]:
-    """What a step's launch is compiled for."""
+def step_constants(step: InferStep, blocks: Blocks, wide: bool, tf32: bool) -> dict[str, Any]:
+    """What a step's launch is compiled for, its warps too.
+
+    Args:
+        step, blocks: the launch and its tile.
+        wide: whether all parameters begin where a wide access may.
+        tf32: whether products of float32 are rounded to TF32.
+    """
     return {
         "NUM_JOBS": step.num_jobs,
         "VARIANTS": step.variants,
         "ADDS": step.adds,
         "ALIGN": step.align,
-        "ADDRESS_ALIGN": address_align,
+        "ADDRESS_ALIGN": ALIGNMENT if wide else 4,
         "BLOCK_P": blocks.positions,
         "BLOCK_N": blocks.channels,
         "BLOCK_K": blocks.depth,
         "PRECISION": "tf32" if tf32 else "ieee",
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
-        "UPCAST": not isinstance(_infer_kernel, triton.JITFunction),
+        "UPCAST": not isinstance(infer_kernel, triton.JITFunction),
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        "maxnreg": MOST_REGISTERS,
     }
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A step, ready to start: its table on the device, tiles of each job, and constants."""
+
+    table: Tensor
+    tiles: int
+    num_jobs: int
+    constants: dict[str, Any]
+
+
+# Never emptied: a captured graph goes on reading a table where it was.
+@cache
+def _launches(
+    plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, tf32: bool
+) -> list[_Launch]:
+    refuse_capture(device, "a layer's plan")
+    found = []
+    for step in plan.steps:
+        blocks = block_sizes(step, plan.images, dtype.itemsize, tf32 or dtype is not torch.float32)
+        with torch.inference_mode(False):
+            table = torch.tensor(step.table, dtype=torch.int64, device=device)
+        found.append(
+            _Launch(
+                table,
+                num_tiles(step, plan.images, blocks),
+                step.num_jobs,
+                step_constants(step, blocks, wide, tf32),
+            )
+        )
+    return found
+
+
+def infer(
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    moments: Tensor,
+    layer: Layer,
+    shape: Sequence[int],
+    *,
+    tf32: bool = False,
+) -> Tensor:
+    """Compute a level's nodes with batch norms that normalise by given moments.
+
+    Args:
+        rows: of the level above, `[R, N, H, W, C]` float32, float16 or bfloat16.
+        parent: index into `rows` of each node, `[M]` int32.
+        choice: candidate op of each node, `[M]` int32; the row of a negative one is not written.
+        parameters: of all choices, in order, contiguous float32.
+        moments: mean and variance of each unit's channels, of each node, `[M, K]` float32.
+        layer: what its choices compute.
+        shape: of a node's row: height, width, channels.
+        tf32: whether products of float32 rows may run on tensor cores, rounded to TF32.
+
+    Returns:
+        The nodes' rows, `[M, N, H', W', C']`, of the type of `rows`.
+
+    Raises:
+        ValueError: rows have more positions, or an image more elements, than 32 bits hold.
+        RuntimeError: a graph is being captured, and tables that a call before it would have made
+            are not there.
+    """
+    nodes, images = choice.shape[0], rows.shape[1]
+    out = rows.new_empty((nodes, images, *shape))
+    if out.numel() == 0:
+        return out
+    rows, moments = rows.contiguous(), moments.contiguous()
+    parent, choice = parent.contiguous(), choice.contiguous()
+    plan = plan_infer(layer, *rows.shape[1:])
+    addresses, wide = address_table(parameters, rows.device)
+    hidden = [rows.new_empty(nodes * size) for size in plan.hidden]
+    launches = _launches(plan, rows.device, rows.dtype, wide, tf32)
+    for index, launch in enumerate(launches):
+        infer_kernel[(nodes * launch.num_jobs * launch.tiles,)](
+            rows,
+            hidden[1 - index % 2],
+            hidden[index % 2],
+            out,
+            moments,
+            parent,
+            choice,
+            launch.table,
+            addresses,
+            images,
+            launch.tiles,
+            rows[0].numel(),
+            plan.hidden[1 - index % 2],
+            plan.hidden[index % 2],
+            out[0].numel(),
+            moments.shape[1],
+            **launch.constants,
+        )
+    return out

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Protocol
 
-__all__ = ["COLUMNS", "KINDS", "Job", "Plan", "Step", "make_plan"]
+from fastshift.kernels.plan import LINE, Layer, Op, Unit
+
+__all__ = ["COLUMNS", "KINDS", "InferPlan", "InferStep", "Job", "plan_infer"]
 
 # A variant is `2 * kind + part`; with part 1 every other channel of the source is read: the odd
 # ones where something is computed, the even ones where they are copied.
@@ -27,10 +28,9 @@ _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = range(len(KINDS))
 # What is added to a job's result: nothing, the node's source row, or what the output holds.
 _ADD_ROW, _ADD_OUTPUT = 1, 2
 
-# Elements that hidden rows begin at a multiple of: 16 bytes and more in every type.
-_LINE = 16
 # Of one image: offsets within a tile of positions, whose images are few, are 32 bits wide.
 _MOST_ELEMENTS = 2**28
+_MOST_POSITIONS = 2**30
 
 # Of a table's line; those of a unit are its parameters' places in the list of all (-1 where there
 # is none), its place in a node's moments, its activation and its epsilon as the bits of a float32.
@@ -57,38 +57,6 @@ COLUMNS = (
 )
 
 
-class Unit(Protocol):
-    """A convolution without bias, a batch norm, and perhaps a ReLU."""
-
-    depthwise: bool
-    in_channels: int
-    out_channels: int
-    kernel: int
-    stride: int
-    relu: bool
-    eps: float
-    scale: bool
-    shift: bool
-
-
-class Op(Protocol):
-    """A candidate op: units, `main` of them in the main chain, the rest in the shortcut."""
-
-    units: Sequence[Unit]
-    main: int
-    frame: str
-    splits: bool
-    in_channels: int
-    out_channels: int
-
-
-class Layer(Protocol):
-    """Candidate ops, None for an identity, and where each one's parameters begin."""
-
-    ops: Sequence[Op | None]
-    first_parameter: Sequence[int]
-
-
 @dataclass(frozen=True)
 class Job:
     """What a launch does for each node of a choice: `COLUMNS`, as a mapping."""
@@ -110,7 +78,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Step:
+class InferStep:
     """One launch.
 
     Attributes:
@@ -144,7 +112,7 @@ class Step:
         """Elements that every job's rows and channels are a multiple of: a power of two, to 16."""
         names = ("source_at", "source_row", "in_channels", "out_channels", "target_at")
         values = [job[name] for job in self.all_jobs for name in (*names, "target_row")]
-        return math.gcd(_LINE, *values)
+        return math.gcd(16, *values)
 
     @property
     def table(self) -> list[list[list[int]]]:
@@ -157,14 +125,14 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class InferPlan:
     """The launches of one layer at one size.
 
     Attributes:
         hidden: elements of a node in each of the two hidden buffers, which steps write in turn.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[InferStep, ...]
     hidden: tuple[int, int]
     images: int
 
@@ -202,7 +170,7 @@ class _Draft:
 
 
 @cache
-def make_plan(layer: Layer, images: int, height: int, width: int, channels: int) -> Plan:
+def plan_infer(layer: Layer, images: int, height: int, width: int, channels: int) -> InferPlan:
     """Plan a layer's inference.
 
     Args:
@@ -210,7 +178,7 @@ def make_plan(layer: Layer, images: int, height: int, width: int, channels: int)
         images, height, width, channels: of the rows above, `[R, N, H, W, C]`.
 
     Raises:
-        ValueError: one image has more elements than offsets within a tile can reach.
+        ValueError: rows have more positions, or an image more elements, than 32 bits hold.
     """
     draft = _Draft(len(layer.ops))
     for choice, op in enumerate(layer.ops):
@@ -220,16 +188,21 @@ def make_plan(layer: Layer, images: int, height: int, width: int, channels: int)
             _add_op(draft, choice, op, layer.first_parameter[choice], (images, height, width))
     count = max((step for step, _ in draft.jobs), default=-1) + 1
     steps = tuple(
-        Step(tuple(tuple(draft.jobs.get((step, choice), ())) for choice in range(draft.choices)))
+        InferStep(
+            tuple(tuple(draft.jobs.get((step, choice), ())) for choice in range(draft.choices))
+        )
         for step in range(count)
     )
     for step in steps:
         for job in step.all_jobs:
-            _check(job)
-    return Plan(steps, (draft.hidden[0], draft.hidden[1]), images)
+            _check(job, images)
+    return InferPlan(steps, (draft.hidden[0], draft.hidden[1]), images)
 
 
-def _check(job: Job) -> None:
+def _check(job: Job, images: int) -> None:
+    positions = images * job["out_height"] * job["out_width"]
+    if positions >= _MOST_POSITIONS:
+        raise ValueError(f"rows: {positions} positions; expected under {_MOST_POSITIONS}")
     sizes = (
         job["height"] * job["width"] * job["source_row"],
         job["out_height"] * job["out_width"] * job["target_row"],
@@ -342,7 +315,7 @@ def _add_chain(
         else:
             target_at, target_row = used[step % 2], channels
             size = count * out_height * out_width * channels
-            used[step % 2] += -(-size // _LINE) * _LINE
+            used[step % 2] += -(-size // LINE) * LINE
         columns = {}
         for prefix, one in (("spatial_", spatial), ("", product)):
             if one is not None:
