@@ -178,14 +178,16 @@ def infer(
             are not there.
     """
     nodes, images = choice.shape[0], rows.shape[1]
-    out = rows.new_empty((nodes, images, *shape))
+    out = torch.empty((nodes, images, *shape), dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
     rows, moments = rows.contiguous(), moments.contiguous()
     parent, choice = parent.contiguous(), choice.contiguous()
     plan = plan_infer(layer, *rows.shape[1:])
     addresses, wide = address_table(parameters, rows.device)
-    hidden = [rows.new_empty(nodes * size) for size in plan.hidden]
+    hidden = [
+        torch.empty(nodes * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
+    ]
     launches = _launches(plan, rows.device, rows.dtype, wide, tf32)
     for index, launch in enumerate(launches):
         infer_kernel[(nodes * launch.num_jobs * launch.tiles,)](

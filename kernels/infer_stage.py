@@ -102,13 +102,6 @@ def _read(source_ptr, offs, mask, start, channels, BLOCK: tl.constexpr, PART: tl
 
 
 @triton.jit
-def _tap(corner, y, x, dy, dx, height, width, row, mask):
-    """Offsets and mask of the input positions at `(y + dy, x + dx)`; what is outside is zero."""
-    inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-    return (corner + dy * width + dx) * row, mask & inside
-
-
-@triton.jit
 def _depthwise(
     job,
     source_ptr,
@@ -132,13 +125,16 @@ def _depthwise(
     unit = job + _SPATIAL
     weight_ptr = _parameter(address_ptr, tl.load(unit), ADDRESS_ALIGN)
     offs_c = start + tl.arange(0, BLOCK)
+    weight_ptrs = weight_ptr + offs_c * (kernel * kernel)
     sums = tl.zeros((corner.shape[0], BLOCK), tl.float32)
     for dy in range(kernel):
+        mask_y = mask & (y + dy >= 0) & (y + dy < height)
+        offs_y = (corner + dy * width) * row
         for dx in range(kernel):
-            offs, inside = _tap(corner, y, x, dy, dx, height, width, row, mask)
-            values = _read(source_ptr, offs, inside, start, channels, BLOCK, PART)
-            at = (offs_c * kernel + dy) * kernel + dx
-            weight = tl.load(weight_ptr + at, mask=offs_c < channels, other=0.0)
+            inside = mask_y & (x + dx >= 0) & (x + dx < width)
+            values = _read(source_ptr, offs_y + dx * row, inside, start, channels, BLOCK, PART)
+            weight = tl.load(weight_ptrs, mask=offs_c < channels, other=0.0)
+            weight_ptrs += 1
             sums += values.to(tl.float32) * weight[None, :]
     return _normalise(sums, unit, moments_ptr, address_ptr, offs_c, channels, ADDRESS_ALIGN)
 
@@ -261,7 +257,9 @@ def _stage(
         else:
             for tap in range(kernel * kernel):
                 dy, dx = tap // kernel, tap % kernel
-                offs, mask_x = _tap(corner, y, x, dy, dx, height, width, row, mask_p)
+                mask_x = mask_p & (y + dy >= 0) & (y + dy < height)
+                mask_x = mask_x & (x + dx >= 0) & (x + dx < width)
+                offs = (corner + dy * width + dx) * row
                 for start in range(0, in_channels, BLOCK_K):
                     values = _read(source_ptr, offs, mask_x, start, in_channels, BLOCK_K, PART)
                     at = offs_n[None, :] * in_channels + start + offs_k[:, None]
