@@ -16,7 +16,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "CHAIN_FIELDS",
     "FIELDS",
     "FRAME_FIELDS",
+    "HEADER",
     "LINE",
     "LayerPlan",
     "Step",
@@ -34,6 +35,19 @@ __all__ = [
 ]
 
 LINE = 32  # elements; a hidden unit's rows begin at a multiple of it
+
+# Of the layer, before all records: `raw_lines` and `gradient_lines` are those of a node.
+HEADER = (
+    "images",
+    "row_pixels",
+    "row_channels",
+    "out_pixels",
+    "out_channels",
+    "raw_lines",
+    "gradient_lines",
+    "statistics_floats",
+    "totals_floats",
+)
 
 # Of a unit. Places of rows are in lines, `channel` and `source_channel` in channels of the batch
 # norms before, parameters are indices into the layer's list and -1 for none, `eps` the bits of a
@@ -193,10 +207,11 @@ class LayerPlan:
 
     Args:
         layer: its candidate ops.
-        images, height, width: of a row.
+        images, height, width, channels: of a row.
 
     Attributes:
         num_choices: candidate ops.
+        channels: of a row and of a node's.
         steps: in order of the forward pass; the backward pass goes through them in reverse.
         out_size: height and width of a node's rows.
         kept_elements, passing_elements: of a node's hidden rows, where all are kept and where they
@@ -204,9 +219,10 @@ class LayerPlan:
         align: a power of two, up to 16, that divides every number of channels.
     """
 
-    def __init__(self, layer: Layer, images: int, height: int, width: int) -> None:
+    def __init__(self, layer: Layer, images: int, height: int, width: int, channels: int) -> None:
         self.images, self.size = images, (height, width)
         self.num_choices = len(layer.ops)
+        self.channels = channels, next((op.out_channels for op in layer.ops if op), channels)
         self._ops = layer.ops
         self._chains = [
             chain
@@ -227,6 +243,11 @@ class LayerPlan:
         self._passing, self.passing_elements = self._places(kept=False)
         self.align = math.gcd(16, *self._channel_counts())
         self.steps = self._steps()
+        self.row_pixels, self.out_pixels = (
+            images * math.prod(s) for s in (self.size, self.out_size)
+        )
+        most = max((op.channels for op in layer.ops if op), default=0)
+        self.statistics_floats, self.totals_floats = 5 * most, 2 * most
         self._tables: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def _placed(self, choice: int, op: Op, parameter: int) -> list[list[_Placed]]:
@@ -272,7 +293,7 @@ class LayerPlan:
         return found, total
 
     def _channel_counts(self) -> list[int]:
-        found = []
+        found = [*self.channels]
         for op in self._ops:
             if op:
                 found += [op.in_channels, op.out_channels, self._y_offset(op)]
@@ -286,7 +307,7 @@ class LayerPlan:
         return op.out_channels - last if op.frame == "shuffle" else 0
 
     def _steps(self) -> list[Step]:
-        found, first = [], 0
+        found, first = [], len(HEADER)
         for at in self._at:
             units = [p.unit for p in at]
             lanes = max(sum(p.choice == q.choice for q in at) for p in at)
@@ -345,9 +366,23 @@ class LayerPlan:
         }
         return [int(values[name]) for name in FIELDS]
 
+    def _header(self, *, kept: bool) -> list[int]:
+        values = {
+            "images": self.images,
+            "row_pixels": self.row_pixels,
+            "row_channels": self.channels[0],
+            "out_pixels": self.out_pixels,
+            "out_channels": self.channels[1],
+            "raw_lines": (self.kept_elements if kept else self.passing_elements) // LINE,
+            "gradient_lines": self.passing_elements // LINE,
+            "statistics_floats": self.statistics_floats,
+            "totals_floats": self.totals_floats,
+        }
+        return [values[name] for name in HEADER]
+
     def records(self, *, kept: bool) -> list[int]:
-        """Of all steps, `[choices, lanes, FIELDS]` each; zeros where a choice has no unit."""
-        found: list[int] = []
+        """The header, then of all steps `[choices, lanes, FIELDS]`, zeros for a choice without."""
+        found = self._header(kept=kept)
         chain_of = {(c[0].choice, c[0].chain): c for c in self._chains}
         for step, at in zip(self.steps, self._at, strict=True):
             for choice in range(self.num_choices):
@@ -401,16 +436,11 @@ class LayerPlan:
                 )
         return self._tables[key]
 
-    @cached_property
-    def out_pixels(self) -> int:
-        """Of a node's rows."""
-        return self.images * math.prod(self.out_size)
-
 
 @cache
-def plan_layer(layer: Layer, images: int, height: int, width: int) -> LayerPlan:
-    """The plan of a layer for rows `[images, height, width, C]`, made once."""
-    return LayerPlan(layer, images, height, width)
+def plan_layer(layer: Layer, images: int, height: int, width: int, channels: int) -> LayerPlan:
+    """The plan of a layer for rows `[images, height, width, channels]`, made once."""
+    return LayerPlan(layer, images, height, width, channels)
 
 
 def refuse_capture(device: torch.device, what: str) -> None:
