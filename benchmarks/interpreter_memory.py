@@ -35,14 +35,18 @@ class Accesses:
     stored_bytes: int = 0
     programs: int = 0
     violations: list[str] = field(default_factory=list)
-    _also: list[tuple[int, int]] = field(default_factory=list)
+    _also: list[Tensor] = field(default_factory=list)
+    _keeps: bool = False
     _ranges: np.ndarray | None = None
     _kernel: str = ""
 
     def enter(self, kernel: str, tensors: Iterable[Tensor]) -> None:
         """Note what the next launch may touch."""
         self._kernel = kernel
-        found = {*self._also, *map(_range, tensors)}
+        tensors = [*self._also, *tensors]
+        if self._keeps:
+            self._also = tensors
+        found = set(map(_range, tensors))
         merged = sorted((start, end) for start, end in found if end > start)
         self._ranges = np.array(merged, dtype=np.int64).reshape(-1, 2)
 
@@ -96,11 +100,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def watch(also: Iterable[Tensor] = ()) -> Iterator[Accesses]:
+def watch(also: Iterable[Tensor] = (), *, earlier: bool = False) -> Iterator[Accesses]:
     """Watch every launch inside; an access that a violation notes does not happen.
 
     Args:
         also: tensors on the CPU that kernels reach by address, besides those they are given.
+        earlier: whether a launch may reach what launches before it were given.
 
     Yields:
         What was found, complete at the end.
@@ -109,7 +114,7 @@ def watch(also: Iterable[Tensor] = ()) -> Iterator[Accesses]:
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas, program = builder.create_atomic_rmw, builder.create_atomic_cas, builder.set_grid_idx
     run = InterpretedFunction.run
-    found = Accesses(_also=[_range(tensor) for tensor in also])
+    found = Accesses(_also=list(also), _keeps=earlier)
 
     def watched_load(ptrs, mask, *rest):
         allowed = found.check("load", ptrs, mask.data)
