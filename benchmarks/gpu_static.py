@@ -139,7 +139,7 @@ def counted_bytes(
             if not re.search(pattern, _name(case)):
                 continue
             arguments = case.prepare("cpu")
-            with watch(also=_listed_tensors(arguments), earlier=True) as found:
+            with watch() as found:
                 case.launcher(*arguments)
             if not found.programs:
                 raise RuntimeError(f"{_name(case)}: no program ran under the interpreter")
@@ -152,12 +152,6 @@ def counted_bytes(
                 "written_bytes": case.written_bytes,
             }
     return counts
-
-
-def _listed_tensors(arguments: tuple) -> list[torch.Tensor]:
-    """What a kernel may reach by an address in a table: the tensors given in lists."""
-    lists = [value for value in arguments if isinstance(value, list | tuple)]
-    return [tensor for values in lists for tensor in values if isinstance(tensor, torch.Tensor)]
 
 
 def _count_apart(pattern: str, whole: bool) -> dict[str, dict[str, int]]:
