@@ -140,7 +140,7 @@ def test_every_listed_case_prepares_what_its_launcher_takes():
     place = network(SMALL)
     for dtype in DTYPES:
         found = list(cases(place, dtype))
-        assert len({case.name for case in found}) == len(found)
+        assert len({(case.name, case.site) for case in found}) == len(found)
         for case in found:
             assert isinstance(case, Case)
             recording = recorded(case)
