@@ -46,8 +46,7 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     Each tile of output channels computes the depthwise convolution anew: a wide one does so less
     often, one that fits the channels multiplies less padding. In units of one column's products, a
     tap costs what its loads do: 16 columns on tensor cores, 1 without. Estimates from what the
-    hardware moves a cycle, not measured. The warps are as many as hold the tile's sums, and the
-    depthwise convolution's of a chunk, without a spill.
+    hardware moves a cycle, not measured.
 
     Args:
         step: the launch.
@@ -55,8 +54,10 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
         item_size: bytes of a value of the rows.
         tensor_cores: whether products run on them (float32 at full precision does not).
     """
-    per_tap, most, sums = (16, 256, 32) if tensor_cores else (1, 128, 16)
     products = [job for job in step.all_jobs if KINDS[job.kind] in ("pointwise", "dense", "pair")]
+    # The loops of products alone are pipelined, and keep several chunks in shared memory.
+    is_pipelined = any(KINDS[job.kind] != "pair" for job in products)
+    per_tap, most = (16, 128 if is_pipelined else 256) if tensor_cores else (1, 128)
 
     def cost(channels: int) -> int:
         return sum(
@@ -71,11 +72,15 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     widths = [width for width in (256, 128, 64, 32, 16) if width <= limit]
     channels = min(widths, key=cost)
     positions = images * max(job["out_height"] * job["out_width"] for job in step.all_jobs)
-    positions = max(16, triton.next_power_of_2(positions))
-    positions = min(positions, 128 if tensor_cores and channels <= 64 else 64)
+    positions = min(64, max(16, triton.next_power_of_2(positions)))
+    # Sums that a thread holds beside what is loaded: 32 would spill in the narrower tiles, whose
+    # launches do more kinds of jobs.
+    sums = 32 if tensor_cores and channels >= 128 else 16
+    warps = max(4, positions * channels // (32 * sums))
     deepest = max((job["in_channels"] for job in products), default=16)
-    depth = min(64 // item_size, max(16, triton.next_power_of_2(deepest)))
-    warps = max(4, positions // 16, positions * channels // (32 * sums))
+    # Enough for each thread to read 16 bytes of a chunk at a time.
+    depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))
+    depth = min(depth, max(16, triton.next_power_of_2(deepest)))
     return Blocks(positions, channels, depth, warps)
 
 
