@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -169,7 +170,8 @@ class Case:
         flops: multiply-adds of the definition.
         read_bytes, written_bytes: of inputs and outputs, each touched once.
         launches: how many kernels may start, PyTorch's own included.
-        width: bytes of the widest access that the shape admits; 16 is the widest there is.
+        load_width, store_width: bytes of the widest accesses that the shape admits, at most 16.
+        narrow: kernels whose accesses may be narrower, since they touch next to nothing.
         dot: whether it is a matrix product, so that tensor cores are expected.
     """
 
@@ -182,7 +184,9 @@ class Case:
     read_bytes: int
     written_bytes: int
     launches: int
-    width: int = 16
+    load_width: int = 16
+    store_width: int = 16
+    narrow: tuple[str, ...] = ()
     dot: bool = False
 
 
@@ -241,25 +245,28 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def record() -> Iterator[Recording]:
     """Note the kernels that start inside, without starting Triton's, and the tensors made.
 
-    PyTorch's operators do run: call it with tensors on "meta".
-
-    Raises:
-        RuntimeError: the process runs Triton's interpreter, whose kernels cannot be compiled.
+    PyTorch's operators do run: call it with tensors on "meta". Under Triton's interpreter launches
+    are noted too, but cannot be compiled.
     """
     found = Recording()
 
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         found.launches.append(_launch(kernel, grid, args, kwargs))
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("record: kernels of Triton's interpreter; unset TRITON_INTERPRET")
+    def note_interpreted(kernel: InterpretedFunction, *args: Any, **kwargs: Any) -> None:
+        note(_jitted(kernel.fn), *args, **kwargs)
 
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(InterpretedFunction, "run", refuse),
+        mock.patch.object(InterpretedFunction, "run", note_interpreted),
         _Allocations(found),
     ):
         yield found
+
+
+@cache
+def _jitted(function: Callable) -> JITFunction:
+    return JITFunction(function)
 
 
 def _launch(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:

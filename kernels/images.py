@@ -85,12 +85,25 @@ def _images_kernel(
     inside = mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
     source = y.to(tl.int64) * stride_xh + x.to(tl.int64) * stride_xw
     source += image * stride_xn + channel.to(tl.int64) * stride_xc
-    fill = tl.load(fill_ptr + channel)
-    pixel = tl.load(x_ptr + source, mask=inside, other=0)
-    pixel = tl.where(inside, pixel, fill).to(tl.float32)
-    value = pixel * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
+    pixel = tl.load(x_ptr + source, mask=inside, other=0).to(tl.float32)
+    scale = tl.zeros((BLOCK,), tl.float32)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    # Chosen and not gathered: three loads a value would be more than the pixel's own.
+    for c in tl.static_range(C):
+        is_own = channel == c
+        scale = tl.where(is_own, tl.load(scale_ptr + c), scale)
+        shift = tl.where(is_own, tl.load(shift_ptr + c), shift)
+        fill = tl.load(fill_ptr + c).to(tl.float32)
+        pixel = tl.where(is_own & (inside == 0), fill, pixel)
+    value = pixel * scale + shift
     out = image * (H * W * C) + offs
     tl.store(y_ptr + out, value.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _block(values: int) -> tuple[int, int]:
+    """Values of a program, and its warps, each of them with eight values a thread if it can."""
+    block = min(_BLOCK, triton.next_power_of_2(values))
+    return block, max(1, block // 256)
 
 
 def _images_triton(
@@ -105,7 +118,9 @@ def _images_triton(
 ) -> Tensor:
     num, channels, height, width = images.shape
     out = images.new_empty((num, height, width, channels), dtype=dtype)
-    _images_kernel[(triton.cdiv(height * width * channels, _BLOCK), num)](
+    values = height * width * channels
+    block, warps = _block(values)
+    _images_kernel[(triton.cdiv(values, block), num)](
         images,
         corners,
         flips,
@@ -119,8 +134,8 @@ def _images_triton(
         C=channels,
         H=height,
         W=width,
-        BLOCK=_BLOCK,
-        num_warps=4,
+        BLOCK=block,
+        num_warps=warps,
     )
     return out.permute(0, 3, 1, 2)
 
@@ -207,6 +222,7 @@ def catalogue(network: Network, dtype: str) -> Iterator[Case]:
     """Yield the augmentation of a network's batch of planar images."""
     num, channels, size = network.num_images, network.in_channels, network.image_size
     values = num * channels * size**2
+    block, warps = _block(channels * size**2)
 
     def prepare(device: str) -> tuple:
         make = Inputs(device)
@@ -232,4 +248,6 @@ def catalogue(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=values + 9 * num + 9 * channels,
         written_bytes=values * DTYPES[dtype].itemsize,
         launches=1,
+        load_width=1,  # bytes at an offset of each image's own
+        store_width=min(16, block // (32 * warps) * DTYPES[dtype].itemsize),
     )

@@ -34,9 +34,9 @@ __all__ = [
     "catalogue",
 ]
 
-_TILE = 4096  # logits in registers at a time: 32 of fp32 a thread with 4 warps
+_TILE = 2048  # logits in registers at a time: 16 a thread with 4 warps
 _MAX_ROWS = 32
-_MAX_TILES = 64  # of images, a candidate
+_MAX_TILES = 128  # of images, a candidate
 
 
 def candidate_loss_ref(
@@ -437,7 +437,9 @@ def catalogue(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=logits + side,
         written_bytes=12 * shape[0],
         launches=2,
-        width=width,
+        load_width=width,
+        store_width=4,
+        narrow=("_loss_sum_kernel",),
     )
     yield Case(
         "candidate_loss_backward",
@@ -449,5 +451,6 @@ def catalogue(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=logits + side + 4 * shape[0],
         written_bytes=logits,
         launches=1,
-        width=width,
+        load_width=width,
+        store_width=width,
     )
