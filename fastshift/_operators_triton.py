@@ -16,7 +16,7 @@ from fastshift.kernels.addresses import plain
 from fastshift.kernels.plan import plan_layer
 from fastshift.population_layer import PopulationLayer
 
-__all__ = ["DTYPES", "backward", "has", "saved_floats", "train"]
+__all__ = ["DTYPES", "backward", "has", "infer", "saved_floats", "train"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_KERNEL = 7  # of a depthwise convolution, whose weight's gradient a program holds
@@ -39,6 +39,22 @@ def saved_floats(
     """What `train` keeps of a node, whatever its choice; a smaller one leaves some untouched."""
     channels = next((op.in_channels for op in layer.ops if op), 1)
     return plan_layer(layer, *images, channels).kept_elements * dtype.itemsize // 4
+
+
+def infer(
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    moments: Tensor,
+    layer: PopulationLayer,
+) -> Tensor:
+    """Apply the layer with batch norms that normalise by given moments."""
+    from fastshift.kernels import infer as kernels
+
+    shape = layer.output_shape(*map(int, rows.shape[2:]))
+    given = [p.contiguous() for p in parameters]
+    return kernels.infer(rows, parent, choice, given, moments, layer, shape)
 
 
 def train(
