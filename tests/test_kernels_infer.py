@@ -93,6 +93,7 @@ OPS = {
             (Unit("depthwise", c // 2, c // 2, 3), Unit("depthwise", c // 2, c // 2, 3)),
             Frame("shuffle"),
         ),
+        Op("dense", c, c, 1, (Unit("dense", c // 2, c // 2, 3),), Frame("shuffle")),
     ],
 }
 LAUNCHES = {"s1": 3, "s2": 3, "rare": 3, "end_in_depthwise": 2}
