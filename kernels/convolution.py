@@ -23,13 +23,11 @@ from fastshift.kernels.norm import (
     load_source_norm,
     normalise,
 )
-from fastshift.kernels.pixels import in_pixels, out_pixels
+from fastshift.kernels.pixels import sizes_of
 from fastshift.kernels.pointwise import product, product_d_input, product_d_weight
 from fastshift.kernels.record import (
     ACTIVE,
     BLOCK_NODES,
-    C_IN,
-    C_OUT,
     FIRST,
     RAW,
     RECORD,
@@ -56,6 +54,7 @@ def _raw_tile(
     b,
     record,
     node,
+    sizes,
     x_ptr,
     x_stride,
     offs_p,
@@ -64,17 +63,16 @@ def _raw_tile(
     CONTINUES: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     MOVES: tl.constexpr,
-    ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     if DEPTHWISE:
-        acc = depthwise(b, record, node, x_ptr, x_stride, offs_p, offs_c, X_STEP, CONTINUES)
+        acc = depthwise(b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c, X_STEP, CONTINUES)
     else:
         acc = product(
-            b, record, node, x_ptr, x_stride, offs_p, offs_c,
-            X_STEP, CONTINUES, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+            b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c,
+            X_STEP, CONTINUES, MOVES, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
     return acc
 
@@ -122,8 +120,8 @@ def convolution_fwd_kernel(
     record = b.table + first + (choice * LANES + item % LANES) * RECORD
     if tl.load(record + ACTIVE) == 0:
         return
-    c_out = sized(record, C_OUT, ALIGN)
-    positions = out_pixels(b, record)
+    sizes = sizes_of(b, record, ALIGN)
+    c_out, positions = sizes[1], sizes[3]
     begin = part_index * chunk * BLOCK_P
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < c_out
@@ -139,18 +137,18 @@ def convolution_fwd_kernel(
         if SPLITS:
             if tl.load(record + SPLIT):
                 acc = _raw_tile(
-                    b, record, node, x_ptr + 1, x_stride, offs_p, offs_c, 2, False,
-                    DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                    b, record, node, sizes, x_ptr + 1, x_stride, offs_p, offs_c, 2, False,
+                    DEPTHWISE, MOVES, BLOCK_K, PRECISION, UPCAST,
                 )  # fmt: skip
             else:
                 acc = _raw_tile(
-                    b, record, node, x_ptr, x_stride, offs_p, offs_c, 1, CONTINUES,
-                    DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                    b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c, 1, CONTINUES,
+                    DEPTHWISE, MOVES, BLOCK_K, PRECISION, UPCAST,
                 )  # fmt: skip
         else:
             acc = _raw_tile(
-                b, record, node, x_ptr, x_stride, offs_p, offs_c, 1, CONTINUES,
-                DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c, 1, CONTINUES,
+                DEPTHWISE, MOVES, BLOCK_K, PRECISION, UPCAST,
             )  # fmt: skip
         inside = offs_p < positions
         # Statistics are those of what is stored, and will be read.
@@ -167,7 +165,7 @@ def convolution_fwd_kernel(
     counter = b.counters + counters + item * tl.num_programs(1) + tl.program_id(1)
     if is_last(counter, tl.cdiv(positions, part)):
         finish_moments(
-            b, record, node, partial, tl.cdiv(positions, part), width, part, offs_c, mask_c
+            b, record, node, sizes, partial, tl.cdiv(positions, part), width, part, offs_c, mask_c
         )
 
 
@@ -223,8 +221,8 @@ def _node_gradient(
     node = item // LANES
     choice = tl.load(b.choice + node)
     record = b.table + first + (tl.maximum(choice, 0) * LANES + item % LANES) * RECORD
-    c_in = sized(record, C_IN, ALIGN)
-    positions = in_pixels(b, record)
+    sizes = sizes_of(b, record, ALIGN)
+    c_in, positions = sizes[0], sizes[2]
     begin = part * chunk * BLOCK_P
     there = (choice >= 0) & (tl.load(record + ACTIVE) != 0) & (tl.load(record + FIRST) == 0)
     if there & (begin < positions) & (tile * BLOCK_C < c_in):
@@ -233,7 +231,7 @@ def _node_gradient(
         x_ptr = raw_of(b, node, tl.load(record + SOURCE_RAW))
         to = gradient_of(b, node, tl.load(record + SOURCE_GRADIENT))
         relu = tl.load(record + SOURCE_RELU)
-        mean, scale, shift = load_source_norm(b, record, node, offs_c, mask_c)
+        norm = load_source_norm(b, record, node, c_in, offs_c, mask_c)
         total = tl.zeros([BLOCK_C], tl.float32)
         along = tl.zeros([BLOCK_C], tl.float32)
         for start in range(begin, tl.minimum(begin + chunk * BLOCK_P, positions), BLOCK_P):
@@ -246,12 +244,12 @@ def _node_gradient(
             mask = (offs_p < positions)[:, None] & mask_c[None, :]
             at = offs_p.to(tl.int64)[:, None] * c_in + offs_c[None, :]
             x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            stops = (normalise(x, mean, scale, shift) <= 0.0) & (relu != 0)
+            stops = (normalise(x, norm) <= 0.0) & (relu != 0)
             g = tl.where(stops | (not mask), 0.0, acc).to(b.gradient.dtype.element_ty)
             tl.store(to + at, g, mask=mask)
             g = g.to(tl.float32)
             total += tl.sum(g, 0)
-            along += tl.sum(g * (x - mean[None, :]), 0)
+            along += tl.sum(g * (x - norm[0]), 0)
         partial = b.partial + item.to(tl.int64) * parts * 2 * width
         at = partial + part * 2 * width + offs_c
         tl.store(at, total, mask=mask_c)

@@ -13,22 +13,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastshift.kernels.norm import is_last, load_d_raw, load_input, store_norm_gradients
-from fastshift.kernels.pixels import out_pixels, pixels_read, pixels_reading
+from fastshift.kernels.norm import (
+    is_last,
+    load_d_norm,
+    load_d_raw,
+    load_input,
+    load_source_norm,
+    store_norm_gradients,
+)
+from fastshift.kernels.pixels import read_at, read_base, reading_at, reading_base, sizes_of
 from fastshift.kernels.record import (
     ACTIVE,
     BLOCK_NODES,
-    C_OUT,
-    KERNEL,
+    LAST,
     RAW,
     RECORD,
+    RELU,
+    SOURCE_RELU,
     SPLIT,
     WEIGHT,
     d_y_of,
     node_span,
     parameter_at,
     raw_of,
-    sized,
     source_of,
 )
 
@@ -40,6 +47,7 @@ def depthwise(
     b,
     record,
     node,
+    sizes,
     x_ptr,
     x_stride,
     offs_p,
@@ -48,17 +56,20 @@ def depthwise(
     CONTINUES: tl.constexpr,
 ):
     """Raw rows `[P, C]` of some output pixels and channels."""
-    kernel = tl.load(record + KERNEL)
-    mask_c = offs_c < tl.load(record + C_OUT)
+    c, kernel = sizes[1], sizes[4]
+    mask_c = offs_c < c
+    relu = tl.load(record + SOURCE_RELU)
+    norm = 0
+    if CONTINUES:
+        norm = load_source_norm(b, record, node, c, offs_c, mask_c)
     w_ptr = parameter_at(b.addresses, tl.load(record + WEIGHT))
     w_ptr += offs_c.to(tl.int64) * (kernel * kernel)
+    base = read_base(sizes, offs_p, True)
     acc = tl.zeros([offs_p.shape[0], offs_c.shape[0]], tl.float32)
     for tap in range(kernel * kernel):
-        pixel, inside = pixels_read(b, record, offs_p, tap, True)
-        x = load_input(
-            b, record, node, x_ptr, x_stride, pixel, inside, offs_c, mask_c,
-            X_STEP, True, CONTINUES,
-        )  # fmt: skip
+        pixel, inside = read_at(sizes, base, tap, True)
+        mask = inside[:, None] & mask_c[None, :]
+        x = load_input(x_ptr, x_stride, pixel, offs_c * X_STEP, mask, norm, relu, CONTINUES)
         w = tl.load(w_ptr + tap, mask=mask_c, other=0.0)
         acc += x * w[None, :]
     return acc
@@ -67,16 +78,19 @@ def depthwise(
 @triton.jit
 def depthwise_d_input(acc, b, record, node, offs_p, offs_c, mask_c, ALIGN: tl.constexpr):
     """Add the gradient `[P, C]` of what a unit reads at some input pixels and channels."""
-    kernel = tl.load(record + KERNEL)
+    sizes = sizes_of(b, record, ALIGN)
+    c, positions, kernel = sizes[1], sizes[3], sizes[4]
     g_ptr, g_stride = d_y_of(b, record, node, ALIGN)
     raw_ptr = raw_of(b, node, tl.load(record + RAW))
+    masks = tl.load(record + RELU) * tl.load(record + LAST)
+    d_norm = load_d_norm(b, record, node, positions, c, offs_c, mask_c)
     w_ptr = parameter_at(b.addresses, tl.load(record + WEIGHT))
     w_ptr += offs_c.to(tl.int64) * (kernel * kernel)
+    base = reading_base(sizes, offs_p, True)
     for tap in range(kernel * kernel):
-        pixel, inside = pixels_reading(b, record, offs_p, tap, True)
-        d_raw = load_d_raw(
-            b, record, node, g_ptr, g_stride, raw_ptr, pixel, inside, offs_c, mask_c, ALIGN
-        )
+        pixel, inside = reading_at(sizes, base, tap, True)
+        mask = inside[:, None] & mask_c[None, :]
+        d_raw = load_d_raw(g_ptr, g_stride, raw_ptr, c, pixel, offs_c, mask, d_norm, masks)
         w = tl.load(w_ptr + tap, mask=mask_c, other=0.0)
         acc += d_raw * w[None, :]
     return acc
@@ -86,6 +100,7 @@ def depthwise_d_input(acc, b, record, node, offs_p, offs_c, mask_c, ALIGN: tl.co
 def _sum_d_weight(
     b,
     record,
+    sizes,
     choice,
     begin,
     stop,
@@ -100,7 +115,9 @@ def _sum_d_weight(
     TAPS: tl.constexpr,
 ):
     """Of all nodes of a choice, in their order, and a range of their pixels: `[TAPS, C]`."""
-    kernel = tl.load(record + KERNEL)
+    c, positions, kernel = sizes[1], sizes[3], sizes[4]
+    relu = tl.load(record + SOURCE_RELU)
+    masks = tl.load(record + RELU) * tl.load(record + LAST)
     row = tl.arange(0, TAPS)[:, None]
     acc = tl.zeros([TAPS, offs_c.shape[0]], tl.float32)
     for node in range(begin, stop):
@@ -108,18 +125,22 @@ def _sum_d_weight(
             x_ptr, x_stride = source_of(b, record, node, ALIGN)
             g_ptr, g_stride = d_y_of(b, record, node, ALIGN)
             raw_ptr = raw_of(b, node, tl.load(record + RAW))
+            d_norm = load_d_norm(b, record, node, positions, c, offs_c, mask_c)
+            norm = 0
+            if CONTINUES:
+                norm = load_source_norm(b, record, node, c, offs_c, mask_c)
             for start in range(first_pixel, stop_pixel, BLOCK_D):
                 offs_p = start + tl.arange(0, BLOCK_D)
-                own = offs_p < stop_pixel
+                own = (offs_p < stop_pixel)[:, None] & mask_c[None, :]
                 d_raw = load_d_raw(
-                    b, record, node, g_ptr, g_stride, raw_ptr, offs_p.to(tl.int64), own,
-                    offs_c, mask_c, ALIGN,
-                )  # fmt: skip
+                    g_ptr, g_stride, raw_ptr, c, offs_p.to(tl.int64), offs_c, own, d_norm, masks
+                )
+                base = read_base(sizes, offs_p, True)
                 for tap in range(kernel * kernel):
-                    pixel, inside = pixels_read(b, record, offs_p, tap, True)
+                    pixel, inside = read_at(sizes, base, tap, True)
                     x = load_input(
-                        b, record, node, x_ptr + (X_STEP - 1), x_stride, pixel, inside & own,
-                        offs_c, mask_c, X_STEP, True, CONTINUES,
+                        x_ptr + (X_STEP - 1), x_stride, pixel, offs_c * X_STEP,
+                        own & inside[:, None], norm, relu, CONTINUES,
                     )  # fmt: skip
                     acc += tl.where(row == tap, tl.sum(d_raw * x, 0)[None, :], 0.0)
     return acc
@@ -146,11 +167,11 @@ def depthwise_d_weight(
     split, place = program % splits, program // splits
     tile, slot = place % tiles, place // tiles
     record = b.table + first + slot * RECORD
-    c_out = sized(record, C_OUT, ALIGN)
+    sizes = sizes_of(b, record, ALIGN)
+    c_out, positions, kernel = sizes[1], sizes[3], sizes[4]
     choice = slot // LANES
     begin, stop = node_span(b.choice, choice, nodes, BLOCK_NODES)
-    positions = out_pixels(b, record)
-    share = tl.cdiv(tl.cdiv(positions, BLOCK_D), splits) * BLOCK_D
+    share = tl.maximum(tl.cdiv(tl.cdiv(positions, BLOCK_D), splits), 1) * BLOCK_D
     # A choice without nodes has zeros, which one program knows.
     parts = tl.where(begin < stop, tl.cdiv(positions, share), 1)
     if (tl.load(record + ACTIVE) != 0) & (tile * BLOCK_C < c_out) & (split < parts):
@@ -161,17 +182,17 @@ def depthwise_d_weight(
         if SPLITS:
             if tl.load(record + SPLIT):
                 acc = _sum_d_weight(
-                    b, record, choice, begin, stop, low, high, offs_c, mask_c,
+                    b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
                     2, False, ALIGN, BLOCK_D, TAPS,
                 )  # fmt: skip
             else:
                 acc = _sum_d_weight(
-                    b, record, choice, begin, stop, low, high, offs_c, mask_c,
+                    b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
                     1, CONTINUES, ALIGN, BLOCK_D, TAPS,
                 )  # fmt: skip
         else:
             acc = _sum_d_weight(
-                b, record, choice, begin, stop, low, high, offs_c, mask_c,
+                b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
                 1, CONTINUES, ALIGN, BLOCK_D, TAPS,
             )  # fmt: skip
         if split == 0:
@@ -184,7 +205,7 @@ def depthwise_d_weight(
             total = tl.zeros([TAPS, BLOCK_C], tl.float32)
             for part in range(parts):
                 total += tl.load(partial + part * (TAPS * BLOCK_C), cache_modifier=".cg")
-            taps = tl.load(record + KERNEL) * tl.load(record + KERNEL)
+            taps = kernel * kernel
             to = parameter_at(b.destinations, tl.load(record + WEIGHT))
             to += (offs_c.to(tl.int64) * taps)[None, :] + rows[:, None]
             tl.store(to, total, mask=(rows < taps)[:, None] & mask_c[None, :])

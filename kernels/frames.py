@@ -63,8 +63,8 @@ def _load_last(b, node, chain, pixel, inside, offs_c, ALIGN: tl.constexpr):
     raw = tl.load(raw_ptr + (pixel[:, None] * c + offs_i[None, :]), mask=mask, other=0.0)
     raw = raw.to(tl.float32)
     channel, shift_at = tl.load(chain + CHAIN_CHANNEL), tl.load(chain + CHAIN_SHIFT)
-    mean, scale, shift = load_norm(b, node, channel, shift_at, c, offs_i, mask_c)
-    return mask, raw - mean[None, :], normalise(raw, mean, scale, shift)
+    norm = load_norm(b, node, channel, shift_at, c, offs_i, mask_c)
+    return mask, raw - norm[0], normalise(raw, norm)
 
 
 @triton.jit

@@ -46,8 +46,7 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     Each tile of output channels computes the depthwise convolution anew: a wide one does so less
     often, one that fits the channels multiplies less padding. In units of one column's products, a
     tap costs what its loads do: 16 columns on tensor cores, 1 without. Estimates from what the
-    hardware moves a cycle, not measured. The warps are as many as hold the tile's sums, and the
-    depthwise convolution's of a chunk, without a spill.
+    hardware moves a cycle, not measured.
 
     Args:
         step: the launch.
@@ -55,8 +54,10 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
         item_size: bytes of a value of the rows.
         tensor_cores: whether products run on them (float32 at full precision does not).
     """
-    per_tap, most, sums = (16, 256, 32) if tensor_cores else (1, 128, 16)
     products = [job for job in step.all_jobs if KINDS[job.kind] in ("pointwise", "dense", "pair")]
+    # The loops of products alone are pipelined, and keep several chunks in shared memory.
+    is_pipelined = any(KINDS[job.kind] != "pair" for job in products)
+    per_tap, most = (16, 128 if is_pipelined else 256) if tensor_cores else (1, 128)
 
     def cost(channels: int) -> int:
         return sum(
@@ -71,11 +72,15 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     widths = [width for width in (256, 128, 64, 32, 16) if width <= limit]
     channels = min(widths, key=cost)
     positions = images * max(job["out_height"] * job["out_width"] for job in step.all_jobs)
-    positions = max(16, triton.next_power_of_2(positions))
-    positions = min(positions, 128 if tensor_cores and channels <= 64 else 64)
+    positions = min(64, max(16, triton.next_power_of_2(positions)))
+    # Sums that a thread holds beside what is loaded: 32 would spill in the narrower tiles, whose
+    # launches do more kinds of jobs.
+    sums = 32 if tensor_cores and channels >= 128 else 16
+    warps = max(4, positions * channels // (32 * sums))
     deepest = max((job["in_channels"] for job in products), default=16)
-    depth = min(64 // item_size, max(16, triton.next_power_of_2(deepest)))
-    warps = max(4, positions // 16, positions * channels // (32 * sums))
+    # Enough for each thread to read 16 bytes of a chunk at a time.
+    depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))
+    depth = min(depth, max(16, triton.next_power_of_2(deepest)))
     return Blocks(positions, channels, depth, warps)
 
 
@@ -88,13 +93,13 @@ def num_tiles(step: InferStep, images: int, blocks: Blocks) -> int:
     )
 
 
-def step_constants(step: InferStep, blocks: Blocks, wide: bool, tf32: bool) -> dict[str, Any]:
+def step_constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) -> dict[str, Any]:
     """What a step's launch is compiled for, its warps too.
 
     Args:
         step, blocks: the launch and its tile.
         wide: whether all parameters begin where a wide access may.
-        tf32: whether products of float32 are rounded to TF32.
+        precision: of a product of float32: `ieee`, or `tf32`.
     """
     return {
         "NUM_JOBS": step.num_jobs,
@@ -105,7 +110,7 @@ def step_constants(step: InferStep, blocks: Blocks, wide: bool, tf32: bool) -> d
         "BLOCK_P": blocks.positions,
         "BLOCK_N": blocks.channels,
         "BLOCK_K": blocks.depth,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         "UPCAST": not isinstance(infer_kernel, triton.JITFunction),
         "num_warps": blocks.warps,
@@ -127,12 +132,14 @@ class _Launch:
 # Never emptied: a captured graph goes on reading a table where it was.
 @cache
 def _launches(
-    plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, tf32: bool
+    plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, precision: str
 ) -> list[_Launch]:
     refuse_capture(device, "a layer's plan")
     found = []
     for step in plan.steps:
-        blocks = block_sizes(step, plan.images, dtype.itemsize, tf32 or dtype is not torch.float32)
+        blocks = block_sizes(
+            step, plan.images, dtype.itemsize, precision == "tf32" or dtype is not torch.float32
+        )
         with torch.inference_mode(False):
             table = torch.tensor(step.table, dtype=torch.int64, device=device)
         found.append(
@@ -140,7 +147,7 @@ def _launches(
                 table,
                 num_tiles(step, plan.images, blocks),
                 step.num_jobs,
-                step_constants(step, blocks, wide, tf32),
+                step_constants(step, blocks, wide, precision),
             )
         )
     return found
@@ -155,7 +162,7 @@ def infer(
     layer: Layer,
     shape: Sequence[int],
     *,
-    tf32: bool = False,
+    precision: str = "ieee",
 ) -> Tensor:
     """Compute a level's nodes with batch norms that normalise by given moments.
 
@@ -167,7 +174,7 @@ def infer(
         moments: mean and variance of each unit's channels, of each node, `[M, K]` float32.
         layer: what its choices compute.
         shape: of a node's row: height, width, channels.
-        tf32: whether products of float32 rows may run on tensor cores, rounded to TF32.
+        precision: of a product of float32: `ieee`, or `tf32`, on tensor cores.
 
     Returns:
         The nodes' rows, `[M, N, H', W', C']`, of the type of `rows`.
@@ -188,7 +195,7 @@ def infer(
     hidden = [
         torch.empty(nodes * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
     ]
-    launches = _launches(plan, rows.device, rows.dtype, wide, tf32)
+    launches = _launches(plan, rows.device, rows.dtype, wide, precision)
     for index, launch in enumerate(launches):
         infer_kernel[(nodes * launch.num_jobs * launch.tiles,)](
             rows,

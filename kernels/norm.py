@@ -15,23 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastshift.kernels.pixels import out_pixels
 from fastshift.kernels.record import (
-    C_IN,
     C_OUT,
     CHANNEL,
     EPS,
     FIRST,
-    LAST,
-    RELU,
     SCALE,
     SHIFT,
     SOURCE_CHANNEL,
-    SOURCE_RELU,
     SOURCE_SHIFT,
     STATISTICS,
     parameter_at,
-    sized,
     statistics_of,
     totals_of,
 )
@@ -41,18 +35,20 @@ BLOCK_PARTS = tl.constexpr(16)  # partial results that are merged at a time
 
 @triton.jit
 def load_norm(b, node, channel, shift, count, offs_c, mask_c):
-    """Mean, scale and shift of a batch norm's channels; 0, 1 and 0 outside of the mask."""
+    """Mean, scale and shift of a batch norm, `[1, C]`; 0, 1 and 0 outside of the mask."""
     at = statistics_of(b, node) + channel * STATISTICS + offs_c
     mean = tl.load(at, mask=mask_c, other=0.0)
     scale = tl.load(at + 2 * count, mask=mask_c, other=1.0)
     given = parameter_at(b.addresses, shift) + offs_c
-    return mean, scale, tl.load(given, mask=mask_c & (shift >= 0), other=0.0)
+    beta = tl.load(given, mask=mask_c & (shift >= 0), other=0.0)
+    return mean[None, :], scale[None, :], beta[None, :]
 
 
 @triton.jit
-def normalise(x, mean, scale, shift):
+def normalise(x, norm):
     """Apply a batch norm; the mean goes first, since scale * x + shift would cancel."""
-    return (x - mean[None, :]) * scale[None, :] + shift[None, :]
+    mean, scale, shift = norm
+    return (x - mean) * scale + shift
 
 
 @triton.jit
@@ -62,37 +58,23 @@ def activate(y, relu):
 
 
 @triton.jit
-def load_source_norm(b, record, node, offs_c, mask_c):
+def load_source_norm(b, record, node, c_in, offs_c, mask_c):
     """Mean, scale and shift of the unit before; 0, 1 and 0 where there is none."""
     channel, shift = tl.load(record + SOURCE_CHANNEL), tl.load(record + SOURCE_SHIFT)
     mask = mask_c & (tl.load(record + FIRST) == 0)
-    return load_norm(b, node, channel, shift, tl.load(record + C_IN), offs_c, mask)
+    return load_norm(b, node, channel, shift, c_in, offs_c, mask)
 
 
 @triton.jit
-def load_input(
-    b,
-    record,
-    node,
-    x_ptr,
-    x_stride,
-    pixel,
-    inside,
-    offs_c,
-    mask_c,
-    X_STEP: tl.constexpr,
-    MOVES: tl.constexpr,
-    CONTINUES: tl.constexpr,
-):
-    """What a unit reads at some pixels, `[P, C]` float32; zero outside where it `MOVES`."""
-    mask = inside[:, None] & mask_c[None, :]
-    at = x_ptr + (pixel[:, None] * x_stride + (offs_c * X_STEP)[None, :])
+def load_input(x_ptr, x_stride, pixel, offs_c, mask, norm, relu, CONTINUES: tl.constexpr):
+    """What a unit reads at some pixels and channels, `[P, C]` float32; zero outside of the mask.
+
+    Rows of a parent are as they are; those of the unit before get its batch norm and its ReLU.
+    """
+    at = x_ptr + (pixel[:, None] * x_stride + offs_c[None, :])
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if CONTINUES:
-        mean, scale, shift = load_source_norm(b, record, node, offs_c, mask_c)
-        x = activate(normalise(x, mean, scale, shift), tl.load(record + SOURCE_RELU))
-        if MOVES:
-            x = tl.where(mask, x, 0.0)
+        x = tl.where(mask, activate(normalise(x, norm), relu), 0.0)
     return x
 
 
@@ -117,10 +99,9 @@ def is_last(counter, parts):
 
 
 @triton.jit
-def finish_moments(b, record, node, partial_ptr, parts, width, part, offs_c, mask_c):
+def finish_moments(b, record, node, sizes, partial_ptr, parts, width, part, offs_c, mask_c):
     """Merge a unit's partial moments `[parts, 2, width]`, of `part` pixels each, and store all."""
-    c_out = tl.load(record + C_OUT)
-    positions = out_pixels(b, record)
+    _, c_out, _, positions, _, _, _, _, _, _ = sizes
     num_all = positions.to(tl.float32)
     at = partial_ptr + offs_c
     # About the first part's mean, so that what is added is small.
@@ -176,30 +157,32 @@ def finish_totals(to, partial_ptr, parts, width, count, offs_c, mask_c):
 
 
 @triton.jit
-def load_d_raw(
-    b, record, node, g_ptr, g_stride, raw_ptr, pixel, inside, offs_c, mask_c, ALIGN: tl.constexpr
-):
-    """The gradient of a unit's raw rows at some pixels, `[P, C]` float32, zero outside.
-
-    That of its output is masked by its ReLU already, unless it is the node's own.
-    """
-    c_out, channel = sized(record, C_OUT, ALIGN), tl.load(record + CHANNEL)
-    masks = tl.load(record + RELU) * tl.load(record + LAST)
-    mask = inside[:, None] & mask_c[None, :]
-    at = pixel[:, None]
-    g = tl.load(g_ptr + (at * g_stride + offs_c[None, :]), mask=mask, other=0.0).to(tl.float32)
-    raw = tl.load(raw_ptr + (at * c_out + offs_c[None, :]), mask=mask, other=0.0).to(tl.float32)
-    mean, scale, shift = load_norm(b, node, channel, tl.load(record + SHIFT), c_out, offs_c, mask_c)
+def load_d_norm(b, record, node, positions, c_out, offs_c, mask_c):
+    """What batch norm's backward needs of channels, `[1, C]` each: its norm, offset and slope."""
+    channel = tl.load(record + CHANNEL)
+    norm = load_norm(b, node, channel, tl.load(record + SHIFT), c_out, offs_c, mask_c)
     own = statistics_of(b, node) + channel * STATISTICS + 4 * c_out + offs_c
     inverse = tl.load(own, mask=mask_c, other=0.0)
     total = totals_of(b, node) + 2 * channel + offs_c
-    count = out_pixels(b, record).to(tl.float32)
+    count = positions.to(tl.float32)
     offset = tl.load(total, mask=mask_c, other=0.0) / count
     slope = tl.load(total + c_out, mask=mask_c, other=0.0) * inverse * inverse / count
-    y = normalise(raw, mean, scale, shift)
-    g = tl.where((y <= 0.0) & (masks != 0), 0.0, g)
-    d_raw = scale[None, :] * (g - offset[None, :] - (raw - mean[None, :]) * slope[None, :])
-    return tl.where(mask, d_raw, 0.0)
+    return norm, offset[None, :], slope[None, :]
+
+
+@triton.jit
+def load_d_raw(g_ptr, g_stride, raw_ptr, c_out, pixel, offs_c, mask, d_norm, masks):
+    """The gradient of a unit's raw rows at some pixels and channels, `[P, C]` float32.
+
+    That of its output is masked by its ReLU already, unless it is the node's own (`masks`).
+    """
+    norm, offset, slope = d_norm
+    mean, scale, _ = norm
+    at = pixel[:, None]
+    g = tl.load(g_ptr + (at * g_stride + offs_c[None, :]), mask=mask, other=0.0).to(tl.float32)
+    raw = tl.load(raw_ptr + (at * c_out + offs_c[None, :]), mask=mask, other=0.0).to(tl.float32)
+    g = tl.where((normalise(raw, norm) <= 0.0) & (masks != 0), 0.0, g)
+    return tl.where(mask, scale * (g - offset - (raw - mean) * slope), 0.0)
 
 
 @triton.jit

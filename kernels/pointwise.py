@@ -14,23 +14,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastshift.kernels.norm import is_last, load_d_raw, load_input, store_norm_gradients
-from fastshift.kernels.pixels import out_pixels, pixels_read, pixels_reading
+from fastshift.kernels.norm import (
+    is_last,
+    load_d_norm,
+    load_d_raw,
+    load_input,
+    load_source_norm,
+    store_norm_gradients,
+)
+from fastshift.kernels.pixels import read_at, read_base, reading_at, reading_base, sizes_of
 from fastshift.kernels.record import (
     ACTIVE,
     BLOCK_NODES,
-    C_IN,
-    C_OUT,
-    KERNEL,
+    LAST,
     RAW,
     RECORD,
+    RELU,
+    SOURCE_RELU,
     SPLIT,
     WEIGHT,
     d_y_of,
     node_span,
     parameter_at,
     raw_of,
-    sized,
     source_of,
 )
 
@@ -46,11 +52,10 @@ def _multiply(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: t
 
 
 @triton.jit
-def _taps(record, MOVES: tl.constexpr):
+def _taps(sizes, MOVES: tl.constexpr):
     taps = 1
     if MOVES:
-        kernel = tl.load(record + KERNEL)
-        taps = kernel * kernel
+        taps = sizes[4] * sizes[4]
     return taps
 
 
@@ -59,6 +64,7 @@ def product(
     b,
     record,
     node,
+    sizes,
     x_ptr,
     x_stride,
     offs_p,
@@ -66,28 +72,30 @@ def product(
     X_STEP: tl.constexpr,
     CONTINUES: tl.constexpr,
     MOVES: tl.constexpr,
-    ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Raw rows `[P, O]` of some output pixels and channels."""
-    c_in = sized(record, C_IN, ALIGN)
-    mask_o = offs_o < tl.load(record + C_OUT)
-    taps = _taps(record, MOVES)
+    c_in, c_out = sizes[0], sizes[1]
+    mask_o = (offs_o < c_out)[None, :]
+    taps = _taps(sizes, MOVES)
+    relu = tl.load(record + SOURCE_RELU)
     w_ptr = parameter_at(b.addresses, tl.load(record + WEIGHT))
     w_ptr += (offs_o.to(tl.int64) * (c_in * taps))[None, :]
+    base = read_base(sizes, offs_p, MOVES)
     acc = tl.zeros([offs_p.shape[0], offs_o.shape[0]], tl.float32)
     for tap in range(taps):
-        pixel, inside = pixels_read(b, record, offs_p, tap, MOVES)
+        pixel, inside = read_at(sizes, base, tap, MOVES)
         for k in range(0, c_in, BLOCK_K):
             offs_i = k + tl.arange(0, BLOCK_K)
             mask_i = offs_i < c_in
-            x = load_input(
-                b, record, node, x_ptr, x_stride, pixel, inside, offs_i, mask_i,
-                X_STEP, MOVES, CONTINUES,
-            )  # fmt: skip
-            mask = mask_i[:, None] & mask_o[None, :]
+            norm = 0
+            if CONTINUES:
+                norm = load_source_norm(b, record, node, c_in, offs_i, mask_i)
+            mask = inside[:, None] & mask_i[None, :]
+            x = load_input(x_ptr, x_stride, pixel, offs_i * X_STEP, mask, norm, relu, CONTINUES)
+            mask = mask_i[:, None] & mask_o
             w = tl.load(w_ptr + (offs_i * taps + tap)[:, None], mask=mask, other=0.0)
             acc = _multiply(x, w, acc, b.raw.dtype.element_ty, PRECISION, UPCAST)
     return acc
@@ -109,20 +117,23 @@ def product_d_input(
     UPCAST: tl.constexpr,
 ):
     """Add the gradient `[P, I]` of what a unit reads at some input pixels and channels."""
-    c_in, c_out = sized(record, C_IN, ALIGN), sized(record, C_OUT, ALIGN)
-    taps = _taps(record, MOVES)
+    sizes = sizes_of(b, record, ALIGN)
+    c_in, c_out, positions = sizes[0], sizes[1], sizes[3]
+    taps = _taps(sizes, MOVES)
     g_ptr, g_stride = d_y_of(b, record, node, ALIGN)
     raw_ptr = raw_of(b, node, tl.load(record + RAW))
+    masks = tl.load(record + RELU) * tl.load(record + LAST)
     w_ptr = parameter_at(b.addresses, tl.load(record + WEIGHT))
+    base = reading_base(sizes, offs_p, MOVES)
     for tap in range(taps):
-        pixel, inside = pixels_reading(b, record, offs_p, tap, MOVES)
+        pixel, inside = reading_at(sizes, base, tap, MOVES)
         w_at = w_ptr + (offs_i * taps + tap)[None, :]
         for k in range(0, c_out, BLOCK_K):
             offs_o = k + tl.arange(0, BLOCK_K)
             mask_o = offs_o < c_out
-            d_raw = load_d_raw(
-                b, record, node, g_ptr, g_stride, raw_ptr, pixel, inside, offs_o, mask_o, ALIGN
-            )
+            d_norm = load_d_norm(b, record, node, positions, c_out, offs_o, mask_o)
+            mask = inside[:, None] & mask_o[None, :]
+            d_raw = load_d_raw(g_ptr, g_stride, raw_ptr, c_out, pixel, offs_o, mask, d_norm, masks)
             mask = mask_o[:, None] & mask_i[None, :]
             offs_w = (offs_o.to(tl.int64) * (c_in * taps))[:, None]
             w = tl.load(w_at + offs_w, mask=mask, other=0.0)
@@ -134,6 +145,7 @@ def product_d_input(
 def _sum_d_weight(
     b,
     record,
+    sizes,
     choice,
     begin,
     stop,
@@ -151,24 +163,31 @@ def _sum_d_weight(
     UPCAST: tl.constexpr,
 ):
     """Of all nodes of a choice, in their order, and a range of their pixels: `[O, I]`."""
-    mask_o, mask_i = offs_o < tl.load(record + C_OUT), offs_i < tl.load(record + C_IN)
+    c_in, c_out, positions = sizes[0], sizes[1], sizes[3]
+    mask_o, mask_i = offs_o < c_out, offs_i < c_in
+    relu = tl.load(record + SOURCE_RELU)
+    masks = tl.load(record + RELU) * tl.load(record + LAST)
     acc = tl.zeros([offs_o.shape[0], offs_i.shape[0]], tl.float32)
     for node in range(begin, stop):
         if tl.load(b.choice + node) == choice:
             x_ptr, x_stride = source_of(b, record, node, ALIGN)
             g_ptr, g_stride = d_y_of(b, record, node, ALIGN)
             raw_ptr = raw_of(b, node, tl.load(record + RAW))
+            d_norm = load_d_norm(b, record, node, positions, c_out, offs_o, mask_o)
+            norm = 0
+            if CONTINUES:
+                norm = load_source_norm(b, record, node, c_in, offs_i, mask_i)
             for start in range(first_pixel, stop_pixel, BLOCK_D):
                 offs_p = start + tl.arange(0, BLOCK_D)
-                own = offs_p < stop_pixel
+                own = (offs_p < stop_pixel)[:, None]
                 d_raw = load_d_raw(
-                    b, record, node, g_ptr, g_stride, raw_ptr, offs_p.to(tl.int64), own,
-                    offs_o, mask_o, ALIGN,
+                    g_ptr, g_stride, raw_ptr, c_out, offs_p.to(tl.int64), offs_o,
+                    own & mask_o[None, :], d_norm, masks,
                 )  # fmt: skip
-                pixel, inside = pixels_read(b, record, offs_p, tap, MOVES)
+                pixel, inside = read_at(sizes, read_base(sizes, offs_p, MOVES), tap, MOVES)
                 x = load_input(
-                    b, record, node, x_ptr + (X_STEP - 1), x_stride, pixel, inside & own,
-                    offs_i, mask_i, X_STEP, MOVES, CONTINUES,
+                    x_ptr + (X_STEP - 1), x_stride, pixel, offs_i * X_STEP,
+                    own & inside[:, None] & mask_i[None, :], norm, relu, CONTINUES,
                 )  # fmt: skip
                 acc = _multiply(tl.trans(d_raw), x, acc, b.raw.dtype.element_ty, PRECISION, UPCAST)
     return acc
@@ -202,12 +221,12 @@ def product_d_weight(
     o_tile, rest = rest % o_tiles, rest // o_tiles
     tap, slot = rest % taps_most, rest // taps_most
     record = b.table + first + slot * RECORD
-    c_in, c_out = sized(record, C_IN, ALIGN), sized(record, C_OUT, ALIGN)
-    taps = _taps(record, MOVES)
+    sizes = sizes_of(b, record, ALIGN)
+    c_in, c_out, positions = sizes[0], sizes[1], sizes[3]
+    taps = _taps(sizes, MOVES)
     choice = slot // LANES
     begin, stop = node_span(b.choice, choice, nodes, BLOCK_NODES)
-    positions = out_pixels(b, record)
-    share = tl.cdiv(tl.cdiv(positions, BLOCK_D), splits) * BLOCK_D
+    share = tl.maximum(tl.cdiv(tl.cdiv(positions, BLOCK_D), splits), 1) * BLOCK_D
     # A choice without nodes has zeros, which one program knows.
     parts = tl.where(begin < stop, tl.cdiv(positions, share), 1)
     there = (i_tile * BLOCK_I < c_in) & (o_tile * BLOCK_O < c_out) & (tap < taps)
@@ -220,17 +239,17 @@ def product_d_weight(
         if SPLITS:
             if tl.load(record + SPLIT):
                 acc = _sum_d_weight(
-                    b, record, choice, begin, stop, low, high, tap, offs_o, offs_i,
+                    b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
                     2, False, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
                 )  # fmt: skip
             else:
                 acc = _sum_d_weight(
-                    b, record, choice, begin, stop, low, high, tap, offs_o, offs_i,
+                    b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
                     1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
                 )  # fmt: skip
         else:
             acc = _sum_d_weight(
-                b, record, choice, begin, stop, low, high, tap, offs_o, offs_i,
+                b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
                 1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
             )  # fmt: skip
         if (split == 0) & (tap == 0) & (i_tile == 0):
