@@ -31,7 +31,6 @@ from machine_code import CARDS, compile_launch
 from static_checks import regressions, shortfalls
 from static_tables import tables
 
-from fastshift.kernels import catalogue
 from fastshift.kernels.catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
 
 __all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of"]
@@ -187,7 +186,6 @@ def main(argv: list[str] | None = None) -> int:
         "note": "compiled, not run: no figure here is a time; floors are bounds",
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "cards": {str(c): card.name for c, card in CARDS.items()},
-        "listed": list(catalogue.LISTED),
         **examine(
             collect(SITES, options.only, whole=options.all),
             lambda line: print(line, file=sys.stderr, flush=True),

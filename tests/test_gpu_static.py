@@ -25,6 +25,7 @@ from static_tables import tables
 from fastshift.cpu import block_of
 from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network, cases, record, recorded
 from fastshift.levels import _text_of
+from fastshift.ops import chain_params
 from fastshift.population_layer import parse_layer
 from fastshift.spaces import build
 from fastshift.supernet import Supernet
@@ -110,9 +111,11 @@ def test_every_level_of_a_space_has_its_shape_among_the_sites():
         place = network(site)
         texts = {layer_text(ops, space.affine) for ops in space.blocks}
         assert {level.layer for level in place.levels} == set(map(parse_layer, texts))
-        assert sum(torch.Size(shape).numel() for shape, _ in place.parameters) == sum(
-            p.numel() for p in Supernet(space).parameters()
-        )
+        values = sum(torch.Size(shape).numel() for shape, _ in place.parameters)
+        ops = [op for block in space.blocks for op in block]
+        own = sum(op.params(space.affine) for op in (*ops, space.head))
+        own += chain_params(space.stem, space.affine)
+        assert values == own
         pairs = [pair for _, pair in place.parameters]
         assert min(pairs) == -1
         assert max(pairs) < space.num_choices.sum()
