@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 def like_a_device(monkeypatch):
     """Have Triton's interpreter round as devices do, and call functions without patching again.
 
-    Of itself (Triton 3.8) it cuts float32 off to bfloat16; and it patches the language anew for each
-    call of a function inside of a kernel, which takes most of its time.
+    Of itself (Triton 3.8) it cuts float32 off to bfloat16; and it patches the language anew for
+    each call of a function inside of a kernel, which takes most of its time.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
