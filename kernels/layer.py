@@ -102,7 +102,9 @@ class _Forward:
     """Shares of a step's forward launch."""
 
     def __init__(self, plan: LayerPlan, step: Step, nodes: int, dtype: torch.dtype) -> None:
-        self.blocks = blocks_of(step.depthwise, False, step.out_pixels, step.c_in, step.c_out, dtype)
+        self.blocks = blocks_of(
+            step.depthwise, False, step.out_pixels, step.c_in, step.c_out, dtype
+        )
         tiles = ceil_div(step.out_pixels, self.blocks.pixels)
         self.chunk, self.parts = share(tiles, MOST_PARTS)
         self.items = nodes * step.lanes
