@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastshift.kernels.addresses import plain
 from fastshift.kernels.plan import plan_layer
 from fastshift.population_layer import PopulationLayer
 
@@ -68,8 +69,7 @@ def train(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    given = [p.contiguous() for p in parameters]
-    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep)
+    return kernels.train(rows.contiguous(), parent, choice, plain(parameters), plan, keep)
 
 
 def backward(
@@ -87,13 +87,12 @@ def backward(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    given = [p.contiguous() for p in parameters]
     d_rows, gradients = kernels.backward(
         d_out.contiguous(),
         rows.contiguous(),
         parent,
         choice,
-        given,
+        plain(parameters),
         statistics.contiguous(),
         saved,
         plan,
