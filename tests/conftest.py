@@ -18,20 +18,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.fixture(autouse=True)
-def _kernels_stay_inside_their_tensors(request):
-    """Check every access of the kernels' own tests where `make sanitize-kernels` asks for it."""
-    is_asked = os.environ.get("FASTSHIFT_WATCH") == "1"
-    if not is_asked or not request.path.name.startswith("test_kernels"):
-        yield
-        return
-    from interpreter_memory import watch
-
-    with watch() as found:
-        yield
-    assert not found.violations, found.violations[:3]
-
-
 @pytest.fixture
 def like_a_device(monkeypatch):
     """Have Triton's interpreter round as devices do, and call functions without patching again.
@@ -55,13 +41,24 @@ def like_a_device(monkeypatch):
         bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
         return interpreter.TensorHandle(bits.numpy(), target.scalar)
 
-    patched = set()
-
     def call_inside(function, *arguments, **options):
-        if function.fn in patched or function.fn.__module__.startswith("fastshift."):
+        if function.fn.__module__.startswith("fastshift."):
             return function.rewrite()(*arguments, **options)
-        patched.add(function.fn)
         return call(function, *arguments, **options)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_inside)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_stay_inside_their_tensors(request):
+    """Check every access of the kernels' own tests where `make sanitize-kernels` asks for it."""
+    is_asked = os.environ.get("FASTSHIFT_WATCH") == "1"
+    if not is_asked or not request.path.name.startswith("test_kernels"):
+        yield
+        return
+    from interpreter_memory import watch
+
+    with watch() as found:
+        yield
+    assert not found.violations, found.violations[:3]
