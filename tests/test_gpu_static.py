@@ -334,13 +334,16 @@ def test_the_tables_show_every_kernel_case_and_count():
 def test_a_target_that_the_record_misses_too_is_known_and_a_worse_one_is_not_silent():
     old = _record(_code(spills=5, stack_bytes=8))
     new = _record(_code(spills=3, stack_bytes=16))
-    new["kernels"]["k 0123abcd"] = new["kernels"].pop("k 1")
-    new["cases"]["op | site | bf16"]["launches"] = ["k 0123abcd"]
+    for found, key in ((old, "k 76543210"), (new, "k 0123abcd")):
+        found["kernels"][key] = found["kernels"].pop("k 1")
+        found["cases"]["op | site | bf16"]["launches"] = [key]
     assert [len(lines) for lines in known(shortfalls(new), old)] == [0, 1]
     assert [len(lines) for lines in known(shortfalls(new), _record())] == [1, 0]
-    narrow = _record(_code(spills=5, load_bytes=8))
-    assert [len(lines) for lines in known(shortfalls(narrow), old)] == [1, 1]
-    (line,) = regressions(_record(_code(spills=6, stack_bytes=8)), old)
+    old["kernels"]["k 76543210"]["90"]["load_bytes"] = 8
+    new["kernels"]["k 0123abcd"]["90"]["store_bytes"] = 8
+    assert [len(lines) for lines in known(shortfalls(new), old)] == [1, 1]
+    spilled = (_record(_code(spills=count, stack_bytes=8)) for count in (6, 5))
+    (line,) = regressions(*spilled)
     assert "6 spills, 5 in the record" in line
 
 
