@@ -1,7 +1,7 @@
 # Everything is made inside this folder: `.venv`, `build`, `runs`. `make PYTHON=/path/to/python search` picks a Python.
 
 .DELETE_ON_ERROR:
-.PHONY: search test test-slow sanitize bench speed lint format gpu-static clean distclean
+.PHONY: search test test-slow sanitize sanitize-kernels bench speed lint format gpu-static clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,10 @@ sanitize: $(VENV)/.made-test
 	    PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
 	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZED) $(ARGS)
 
+# The Triton kernels' tests under the interpreter, each access checked against the tensors' memory.
+sanitize-kernels: $(VENV)/.made-test
+	FASTSHIFT_WATCH=1 $(BIN)/pytest -q $(wildcard tests/test_kernels_*.py) $(ARGS)
+
 bench: $(VENV)/.made-test
 	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)
 
@@ -72,8 +76,10 @@ format: $(VENV)/.made-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu-static:
-	@echo "gpu-static: the Triton kernels are not part of this version; nothing to compile"
+# What can be said of the Triton kernels without a GPU: compiled for three architectures, read, checked.
+# `make gpu-static ARGS=--record` keeps the table as the one to check against.
+gpu-static: $(VENV)/.made-test
+	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python benchmarks/gpu_static.py $(ARGS)
 
 # What was built and what tools left behind; `distclean` takes the environment and the runs too.
 clean:

@@ -1,0 +1,230 @@
+"""What can be said of the GPU kernels without a GPU: a table, a record, and a check against it.
+
+    python benchmarks/gpu_static.py [--only PATTERN] [--all] [--json FILE]   table and check
+    python benchmarks/gpu_static.py --record                                 and a new record
+
+Every listed kernel is compiled at named shapes of three spaces and its machine code is read: at
+one level of each space for one architecture, at one space's in every type for all three; with
+`--all`, everything everywhere. No kernel runs on a GPU: there is no time in here. A floor is what
+the card's published bandwidth and rates allow at best, a bound and not a time. The bytes that
+programs ask for are counted by Triton's interpreter, at the small shape alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from kernel_sites import SITES, SMALL, Site, network
+from machine_code import CARDS, compile_launch
+from static_checks import known, regressions, shortfalls
+from static_tables import tables
+
+from fastshift.kernels.catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
+
+__all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of"]
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
+
+
+def key_of(launch: Launch) -> str:
+    """Name a launch's machine code, whatever the source says: kernel, types and constants."""
+    return f"{launch.name} {hashlib.sha256(launch.key.encode()).hexdigest()[:8]}"
+
+
+def floor_us(case: Case, capability: int) -> float:
+    """Return microseconds below which no card of the architecture can go: a bound, not a time."""
+    card = CARDS[capability]
+    rate = card.rates.get(case.dtype if case.dot else "vector", card.rates["vector"])
+    moved = (case.read_bytes + case.written_bytes) / card.bandwidth
+    return 1e6 * max(moved, case.flops / rate)
+
+
+def collect(
+    sites: Iterable[Site], pattern: str = "", *, whole: bool = False
+) -> Iterator[tuple[Case, Recording, tuple[int, ...]]]:
+    """Yield the listed cases that a pattern finds, their recordings and their architectures.
+
+    Args:
+        sites: where the shapes come from.
+        pattern: a regular expression on `name | site | dtype`.
+        whole: take every level of a site, in every type, for every architecture.
+    """
+    for site in sites:
+        place = network(site, whole=whole)
+        for dtype in DTYPES if whole else site.targets:
+            for case in cases(place, dtype):
+                if re.search(pattern, _name(case)):
+                    capabilities = tuple(CARDS) if whole else site.targets[dtype]
+                    yield case, recorded(case), capabilities
+
+
+def _name(case: Case) -> str:
+    return f"{case.name} | {case.site} | {case.dtype}"
+
+
+def examine(
+    found: Iterable[tuple[Case, Recording, tuple[int, ...]]],
+    say: Callable[[str], Any] = lambda line: None,
+) -> dict[str, Any]:
+    """Compile each launch once for each architecture and put the record together.
+
+    Args:
+        found: what `collect` yields.
+        say: is told what is being compiled.
+
+    Returns:
+        `kernels`, by `key_of` and architecture, and `cases`.
+    """
+    kernels: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for case, recording, capabilities in found:
+        for launch in recording.launches:
+            codes = kernels.setdefault(key_of(launch), {})
+            for capability in capabilities:
+                if str(capability) not in codes:
+                    start = time.perf_counter()
+                    codes[str(capability)] = compile_launch(launch, capability).row()
+                    seconds = time.perf_counter() - start
+                    say(f"{key_of(launch)} for sm_{capability}, {_name(case)}: {seconds:.1f} s")
+        rows[_name(case)] = _row(case, recording)
+    return {"kernels": kernels, "cases": rows}
+
+
+def _row(case: Case, recording: Recording) -> dict[str, Any]:
+    compulsory = case.read_bytes + case.written_bytes
+    return {
+        "launches": [key_of(launch) for launch in recording.launches],
+        "torch_launches": recording.torch_launches,
+        "budget": case.launches,
+        "allocated_bytes": recording.allocated_bytes,
+        "read_bytes": case.read_bytes,
+        "written_bytes": case.written_bytes,
+        "multiply_adds": case.flops,
+        "intensity": float(f"{2 * case.flops / compulsory:.3g}"),
+        "floor_us": {str(c): float(f"{floor_us(case, c):.3g}") for c in CARDS},
+        "load_width": case.load_width,
+        "store_width": case.store_width,
+        "narrow": list(case.narrow),
+        "dot": case.dot,
+    }
+
+
+def counted_bytes(
+    place: Network, dtypes: Iterable[str], pattern: str = ""
+) -> dict[str, dict[str, int]]:
+    """Run the cases at a small network's shapes under Triton's interpreter and count their bytes.
+
+    Raises:
+        RuntimeError: a kernel leaves its tensors, or the process is not the interpreter's.
+    """
+    from interpreter_memory import watch
+
+    counts = {}
+    for dtype in dtypes:
+        for case in cases(place, dtype):
+            if not re.search(pattern, _name(case)):
+                continue
+            arguments = case.prepare("cpu")
+            with watch() as found:
+                case.launcher(*arguments)
+            if not found.programs:
+                raise RuntimeError(f"{_name(case)}: no program ran under the interpreter")
+            if found.violations:
+                raise RuntimeError(f"{_name(case)}: {found.violations[0]}")
+            counts[_name(case)] = {
+                "loaded_bytes": found.loaded_bytes,
+                "stored_bytes": found.stored_bytes,
+                "read_bytes": case.read_bytes,
+                "written_bytes": case.written_bytes,
+            }
+    return counts
+
+
+def _count_apart(pattern: str, whole: bool) -> dict[str, dict[str, int]]:
+    """`counted_bytes` in a process of its own: the interpreter is chosen at import."""
+    command = [sys.executable, __file__, "--count", "--only", pattern, *["--all"] * whole]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; 1 where something is worse than the record, or misses a target anew."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name it finds")
+    parser.add_argument(
+        "--all", action="store_true", help="every level, type and architecture: an hour or more"
+    )
+    parser.add_argument("--json", type=Path, help="write what was found")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
+    parser.add_argument("--count", action="store_true", help="print the interpreter's counts alone")
+    options = parser.parse_args(argv)
+    if options.count:
+        place = network(SMALL, whole=options.all)
+        dtypes = DTYPES if options.all else SMALL.targets
+        print(json.dumps(counted_bytes(place, dtypes, options.only)))
+        return 0
+    if options.record and (options.only or options.all):
+        parser.error("--record: of the quick run, without --only and --all")
+    start = time.perf_counter()
+    found = {
+        "note": "compiled, not run: no figure here is a time; floors are bounds",
+        "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        "cards": {str(c): card.name for c, card in CARDS.items()},
+        **examine(
+            collect(SITES, options.only, whole=options.all),
+            lambda line: print(line, file=sys.stderr, flush=True),
+        ),
+        "counted_at": SMALL.name + f", {SMALL.num_images} images",
+        "counted": _count_apart(options.only, options.all),
+    }
+    print("\n".join(tables(found)))
+    seconds = time.perf_counter() - start
+    print(f"\n{len(found['kernels'])} kernels of {len(found['cases'])} cases in {seconds:.0f} s")
+    missed, failed = shortfalls(found), []
+    if options.record:
+        RECORD.write_text(_text(found))
+    elif RECORD.exists():
+        old = json.loads(RECORD.read_text())
+        new, missed = known(missed, old)
+        failed = new + regressions(found, old, partial=bool(options.only), more=options.all)
+    else:
+        failed = [f"{RECORD.relative_to(ROOT)}: not there; make it with --record"]
+    if options.json:
+        options.json.write_text(_text(found))
+    for line in missed:
+        print(f"MISSED, as in the record: {line}")
+    for line in failed:
+        print(f"FAILED {line}")
+    return int(bool(failed))
+
+
+def _text(found: dict[str, Any]) -> str:
+    """Return JSON with a line for each kernel, case and count."""
+    parts = []
+    for name, value in found.items():
+        if name in ("kernels", "cases", "counted"):
+            lines = [f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()]
+            parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+        else:
+            parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
