@@ -304,9 +304,9 @@ def details(record: dict[str, Any]) -> str:
         "Record: [`cpu_speed.json`](records/cpu_speed.json), made by `make speed`; the tables "
         "against the floors are in the README of the project. Times in milliseconds; each ratio is "
         "over the fastest baseline that is not folded, the median over the rounds where both took "
-        "turns (`turns` in the record), else median against median. Equality is checked before a row is kept: "
-        "fp32 blocks to 1e-5 of float64, losses to 1e-4 in scoring and 1e-3 in training; bf16 "
-        "blocks to 3e-2 of float64, losses in the mean square at most twice as far from fp32's as "
-        "PyTorch's bf16 are, or to 1e-2.\n\n"
+        "turns (`turns` in the record), else median against median. Equality is checked before a "
+        "row is kept: fp32 blocks to 1e-5 of float64, losses to 1e-4 in scoring and 1e-3 in "
+        "training; bf16 blocks to 3e-2 of float64, losses in the mean square at most twice as far "
+        "from fp32's as PyTorch's bf16 are, or to 1e-2.\n\n"
         f"{_conditions(record)}\n{_table(head, lines)}"
     )
