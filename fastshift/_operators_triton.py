@@ -57,6 +57,11 @@ def infer(
     return kernels.infer(rows, parent, choice, given, moments, layer, shape)
 
 
+def _precision() -> str:
+    """Of products of float32, as PyTorch is asked for: exact unless TF32 is allowed."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def train(
     rows: Tensor,
     parent: Tensor,
@@ -69,7 +74,8 @@ def train(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    return kernels.train(rows.contiguous(), parent, choice, plain(parameters), plan, keep)
+    given = plain(parameters)
+    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep, _precision())
 
 
 def backward(
@@ -97,5 +103,6 @@ def backward(
         saved,
         plan,
         needs[0],
+        _precision(),
     )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]
