@@ -1,0 +1,219 @@
+"""What can be said of the GPU kernels without a GPU: a table, a record, and a check against it.
+
+    python benchmarks/gpu_static.py [--only PATTERN] [--json FILE]   the table and the check
+    python benchmarks/gpu_static.py --record                         and a new record
+
+Every listed kernel is compiled for three architectures at named shapes of three spaces and its
+machine code is read. No kernel runs on a GPU: there is no time in here. A floor is what the card's
+published bandwidth and rates allow at best, a bound and not a time. The bytes that programs ask
+for are counted by Triton's interpreter, at the small shape alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from kernel_sites import SITES, SMALL, network
+from machine_code import CARDS, MachineCode, compile_launch
+from static_checks import regressions, shortfalls
+from static_tables import tables
+
+from fastshift.kernels import catalogue
+from fastshift.kernels.catalogue import DTYPES, Case, Launch, Network, Recording, cases, record
+
+__all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of"]
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
+
+
+def key_of(launch: Launch) -> str:
+    """Name a launch's machine code, whatever the source says: kernel, types and constants."""
+    return f"{launch.name} {hashlib.sha256(repr(launch.key).encode()).hexdigest()[:8]}"
+
+
+def floor_us(case: Case, capability: int) -> float:
+    """Return microseconds below which no card of the architecture can go: a bound, not a time."""
+    card = CARDS[capability]
+    rate = card.rates.get(case.dtype if case.dot else "vector", card.rates["vector"])
+    moved = (case.read_bytes + case.written_bytes) / card.bandwidth
+    return 1e6 * max(moved, case.flops / rate)
+
+
+def collect(networks: list[Network], pattern: str = "") -> Iterator[tuple[Case, Recording]]:
+    """Yield the listed cases that a pattern finds, each with its recorded launches."""
+    for place in networks:
+        for dtype in DTYPES:
+            for case in cases(place, dtype):
+                if re.search(pattern, _name(case)):
+                    arguments = case.prepare("meta")
+                    with record() as found:
+                        case.launcher(*arguments)
+                    yield case, found
+
+
+def _name(case: Case) -> str:
+    return f"{case.name} | {case.site} | {case.dtype}"
+
+
+def examine(
+    found: Iterable[tuple[Case, Recording]], say: Callable[[str], Any] = lambda line: None
+) -> dict[str, Any]:
+    """Compile each launch once for each architecture and put the record together.
+
+    Args:
+        found: cases and their recordings.
+        say: is told what is being compiled.
+
+    Returns:
+        `kernels`, by `key_of` and architecture, and `cases`.
+    """
+    kernels: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for case, recording in found:
+        for launch in recording.launches:
+            key = key_of(launch)
+            if key in kernels:
+                continue
+            start = time.perf_counter()
+            codes: dict[str, MachineCode] = {
+                str(capability): compile_launch(launch, capability) for capability in CARDS
+            }
+            kernels[key] = {name: code.row() for name, code in codes.items()}
+            say(f"{key} for {_name(case)}: {time.perf_counter() - start:.1f} s")
+        rows[_name(case)] = _row(case, recording)
+    return {"kernels": kernels, "cases": rows}
+
+
+def _row(case: Case, recording: Recording) -> dict[str, Any]:
+    compulsory = case.read_bytes + case.written_bytes
+    return {
+        "launches": [key_of(launch) for launch in recording.launches],
+        "torch_launches": recording.torch_launches,
+        "budget": case.launches,
+        "allocated_bytes": recording.allocated_bytes,
+        "read_bytes": case.read_bytes,
+        "written_bytes": case.written_bytes,
+        "multiply_adds": case.flops,
+        "intensity": float(f"{2 * case.flops / compulsory:.3g}"),
+        "floor_us": {str(c): float(f"{floor_us(case, c):.3g}") for c in CARDS},
+        "load_width": case.load_width,
+        "store_width": case.store_width,
+        "narrow": list(case.narrow),
+        "dot": case.dot,
+    }
+
+
+def counted_bytes(pattern: str = "") -> dict[str, dict[str, int]]:
+    """Run the cases at the small shape under Triton's interpreter and count their bytes.
+
+    Raises:
+        RuntimeError: a kernel leaves its tensors, or the process is not the interpreter's.
+    """
+    from interpreter_memory import watch
+
+    counts = {}
+    place = network(SMALL)
+    for dtype in DTYPES:
+        for case in cases(place, dtype):
+            if not re.search(pattern, _name(case)):
+                continue
+            arguments = case.prepare("cpu")
+            with watch(also=_listed_tensors(arguments)) as found:
+                case.launcher(*arguments)
+            if not found.programs:
+                raise RuntimeError(f"{_name(case)}: no program ran under the interpreter")
+            if found.violations:
+                raise RuntimeError(f"{_name(case)}: {found.violations[0]}")
+            counts[f"{case.name} | {case.dtype}"] = {
+                "loaded_bytes": found.loaded_bytes,
+                "stored_bytes": found.stored_bytes,
+                "read_bytes": case.read_bytes,
+                "written_bytes": case.written_bytes,
+            }
+    return counts
+
+
+def _listed_tensors(arguments: tuple) -> list[torch.Tensor]:
+    """What a kernel may reach by an address in a table: the tensors given in lists."""
+    lists = [value for value in arguments if isinstance(value, list | tuple)]
+    return [tensor for values in lists for tensor in values if isinstance(tensor, torch.Tensor)]
+
+
+def _count_apart(pattern: str) -> dict[str, dict[str, int]]:
+    """`counted_bytes` in a process of its own: the interpreter is chosen at import."""
+    command = [sys.executable, __file__, "--count", "--only", pattern]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; 1 where a target is missed or something got worse."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name it finds")
+    parser.add_argument("--json", type=Path, help="write what was found")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
+    parser.add_argument("--count", action="store_true", help="print the interpreter's counts alone")
+    options = parser.parse_args(argv)
+    if options.count:
+        print(json.dumps(counted_bytes(options.only)))
+        return 0
+    if options.record and options.only:
+        parser.error("--record: takes every case, not those of --only")
+    start = time.perf_counter()
+    networks = [network(site) for site in SITES]
+    found = {
+        "note": "compiled, not run: no figure here is a time; floors are bounds",
+        "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        "cards": {str(c): card.name for c, card in CARDS.items()},
+        "listed": list(catalogue.LISTED),
+        **examine(collect(networks, options.only), lambda line: print(line, file=sys.stderr)),
+        "counted_at": SMALL.name + f", {SMALL.num_images} images",
+        "counted": _count_apart(options.only),
+    }
+    print("\n".join(tables(found)))
+    seconds = time.perf_counter() - start
+    print(f"\n{len(found['kernels'])} kernels of {len(found['cases'])} cases in {seconds:.0f} s")
+    missed = shortfalls(found)
+    if options.record:
+        RECORD.write_text(_text(found))
+    elif RECORD.exists():
+        missed += regressions(found, json.loads(RECORD.read_text()), partial=bool(options.only))
+    else:
+        missed.append(f"{RECORD.relative_to(ROOT)}: not there; make it with --record")
+    if options.json:
+        options.json.write_text(_text(found))
+    for line in missed:
+        print(f"FAILED {line}")
+    return int(bool(missed))
+
+
+def _text(found: dict[str, Any]) -> str:
+    """Return JSON with a line for each kernel, case and count."""
+    parts = []
+    for name, value in found.items():
+        if name in ("kernels", "cases", "counted"):
+            lines = [f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()]
+            parts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
+        else:
+            parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

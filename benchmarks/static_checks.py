@@ -1,0 +1,109 @@
+"""What the static record must hold, and what counts as worse than the committed one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["REGISTER_TOLERANCE", "regressions", "shortfalls"]
+
+REGISTER_TOLERANCE = 8  # of a thread: the step in which the compiler's choices jump about
+Record = dict[str, Any]
+
+
+def shortfalls(record: Record) -> list[str]:
+    """Return a line for each target that a record misses.
+
+    Targets: no spills; loads and stores as wide as the shape admits, up to 128 bits; tensor cores
+    in every matrix product of fp16 and bf16; launches within the budget.
+
+    Args:
+        record: of `gpu_static`.
+    """
+    return [line for name in record["cases"] for line in _shortfalls(record, name)]
+
+
+def _shortfalls(record: Record, name: str) -> Iterator[str]:
+    case = record["cases"][name]
+    started = len(case["launches"]) + len(case["torch_launches"])
+    if started > case["budget"]:
+        names = [*case["launches"], *case["torch_launches"]]
+        yield f"{name}: {started} launches, the budget is {case['budget']}: {', '.join(names)}"
+    if case["dot"] and not any(
+        code["products"] for key in case["launches"] for code in record["kernels"][key].values()
+    ):
+        yield f"{name}: no kernel of it has a matrix product"
+    narrow_type = name.endswith(("fp16", "bf16"))
+    for key in dict.fromkeys(case["launches"]):
+        for capability, code in record["kernels"][key].items():
+            where = f"{name}: {key} for sm_{capability}"
+            if code["spills"] or code["stack_bytes"]:
+                yield f"{where}: {code['spills']} spills, {code['stack_bytes']} bytes of stack"
+            if code["products"] and narrow_type and not code["tensor"]:
+                yield f"{where}: a matrix product without tensor cores"
+            if key.split()[0] in case["narrow"]:
+                continue
+            for kind in ("load", "store"):
+                wanted, widest = case[f"{kind}_width"], code[f"{kind}_bytes"]
+                if widest < wanted:
+                    yield f"{where}: widest {kind} {widest} bytes, expected {wanted}"
+
+
+def regressions(record: Record, baseline: Record, *, partial: bool = False) -> list[str]:
+    """Return a line for each thing that got worse than the baseline.
+
+    Registers are compared where both were compiled by the same version of Triton.
+
+    Args:
+        record: of `gpu_static`.
+        baseline: an older one.
+        partial: whether cases of the baseline may be missing from the record.
+    """
+    lines = []
+    for part in ("cases", "counted"):
+        lines += [f"{name}: not in the record" for name in record[part].keys() - baseline[part]]
+        if not partial:
+            gone = baseline[part].keys() - record[part]
+            lines += [f"{name}: in the record, but no longer listed" for name in gone]
+    same_compiler = record["versions"]["triton"] == baseline["versions"]["triton"]
+    for name in record["cases"].keys() & baseline["cases"]:
+        lines += _worse_case(record, baseline, name, same_compiler)
+    for name in record["counted"].keys() & baseline["counted"]:
+        new, old = record["counted"][name], baseline["counted"][name]
+        lines += [
+            f"{name}: {field} {new[field]} under the interpreter, {old[field]} in the record"
+            for field in ("loaded_bytes", "stored_bytes")
+            if new[field] > old[field]
+        ]
+    return sorted(lines)
+
+
+def _worse_case(record: Record, baseline: Record, name: str, same_compiler: bool) -> Iterator[str]:
+    new, old = record["cases"][name], baseline["cases"][name]
+    counts = [len(case["launches"]) + len(case["torch_launches"]) for case in (new, old)]
+    if counts[0] > counts[1]:
+        yield f"{name}: {counts[0]} launches, {counts[1]} in the record"
+    for field in ("allocated_bytes", "read_bytes", "written_bytes"):
+        if new[field] > old[field]:
+            yield f"{name}: {field} {new[field]}, {old[field]} in the record"
+    for key, old_key in zip(new["launches"], old["launches"], strict=False):
+        if key.split()[0] != old_key.split()[0]:
+            continue  # another kernel: the targets alone hold for it
+        for capability, code in record["kernels"][key].items():
+            before = baseline["kernels"][old_key].get(capability)
+            if before is not None:
+                where = f"{name}: {key} for sm_{capability}"
+                yield from _worse_code(where, code, before, same_compiler)
+
+
+def _worse_code(where: str, code: Record, before: Record, same_compiler: bool) -> Iterator[str]:
+    grown = code["registers"] - before["registers"]
+    if same_compiler and grown > REGISTER_TOLERANCE:
+        yield f"{where}: {code['registers']} registers, {before['registers']} in the record"
+    if code["spills"] and not before["spills"]:
+        yield f"{where}: {code['spills']} spills where there were none"
+    for kind in ("load_bytes", "store_bytes"):
+        if code[kind] < before[kind]:
+            yield f"{where}: {kind} {code[kind]}, {before[kind]} in the record"
+    if before["tensor"] and not code["tensor"]:
+        yield f"{where}: no tensor cores; {before['tensor']} in the record"

@@ -1,0 +1,86 @@
+"""The population layer by the Triton kernels: a launch for each convolution, whatever the nodes.
+
+Arguments and results are those of `fastshift.operators`, but the nodes' buffers stay on the device
+and are not read here. Nothing of Triton is loaded before the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastshift.kernels.plan import plan_layer
+from fastshift.population_layer import PopulationLayer
+
+__all__ = ["DTYPES", "backward", "has", "saved_floats", "train"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_KERNEL = 7  # of a depthwise convolution, whose weight's gradient a program holds
+
+
+@cache
+def has(layer: PopulationLayer) -> bool:
+    """Whether the kernels have every candidate op of a layer."""
+    return all(
+        not unit.depthwise or unit.kernel <= LARGEST_KERNEL
+        for op in layer.ops
+        if op
+        for unit in op.units
+    )
+
+
+def saved_floats(
+    layer: PopulationLayer, images: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> int:
+    """What `train` keeps of a node, whatever its choice; a smaller one leaves some untouched."""
+    channels = next((op.in_channels for op in layer.ops if op), 1)
+    return plan_layer(layer, *images, channels).kept_elements * dtype.itemsize // 4
+
+
+def train(
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    layer: PopulationLayer,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply the layer with each batch norm normalising by its node's own moments."""
+    from fastshift.kernels import layer as kernels
+
+    plan = plan_layer(layer, *map(int, rows.shape[1:]))
+    given = [p.contiguous() for p in parameters]
+    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep)
+
+
+def backward(
+    d_out: Tensor,
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    statistics: Tensor,
+    saved: Tensor,
+    layer: PopulationLayer,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `train`'s rows."""
+    from fastshift.kernels import layer as kernels
+
+    plan = plan_layer(layer, *map(int, rows.shape[1:]))
+    given = [p.contiguous() for p in parameters]
+    d_rows, gradients = kernels.backward(
+        d_out.contiguous(),
+        rows.contiguous(),
+        parent,
+        choice,
+        given,
+        statistics.contiguous(),
+        saved,
+        plan,
+        needs[0],
+    )
+    return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

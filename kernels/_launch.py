@@ -1,0 +1,103 @@
+"""Block sizes and shares of the work, as functions of sizes alone, and what a launch is.
+
+Nothing here looks at the number of nodes or of rows: a node's results are then the same bits in
+whatever population it stands. The sizes were chosen from compiled code (registers, no spills); on
+a GPU they have not been timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Blocks", "Launch", "blocks_of", "ceil_div", "power_of_2", "share"]
+
+MOST_PARTS = 128  # partial results that one program merges at the end
+SPLIT_PROGRAMS = 256  # for one weight, where its pixels are enough
+FEWEST_SPLITS, MOST_SPLITS = 4, 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid and its arguments, ready to be launched or compiled."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    positional: tuple
+    arguments: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](
+            *self.positional,
+            **self.arguments,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile sizes of a convolution, each a power of two and at least 16.
+
+    Attributes:
+        pixels, channels, depth: of a product, or of a depthwise tile (which has no depth).
+        weight_out, weight_in, weight_pixels: of a weight's gradient; a depthwise one has no
+            `weight_in`.
+    """
+
+    pixels: int
+    channels: int
+    depth: int
+    weight_out: int
+    weight_in: int
+    weight_pixels: int
+
+
+def ceil_div(number: int, by: int) -> int:
+    """The quotient rounded up."""
+    return -(-number // by)
+
+
+def power_of_2(number: int, most: int) -> int:
+    """The least power of two that is no less, within 16 and `most`."""
+    return min(max(16, 1 << (number - 1).bit_length()), most)
+
+
+def blocks_of(depthwise: bool, pixels: int, inner: int, outer: int, dtype: torch.dtype) -> Blocks:
+    """Tile sizes for rows of some pixels.
+
+    Args:
+        depthwise: the kind of convolution.
+        pixels: of a row that is written.
+        inner: channels that a product sums over.
+        outer: channels that it writes.
+        dtype: of the rows.
+    """
+    wide = dtype is torch.float32
+    if depthwise:
+        return Blocks(power_of_2(pixels, 32), power_of_2(outer, 64), 16, 16, 16, 32)
+    return Blocks(
+        pixels=power_of_2(pixels, 64 if wide else 128),
+        channels=power_of_2(outer, 64),
+        depth=power_of_2(inner, 32),
+        weight_out=64,
+        weight_in=64,
+        weight_pixels=32,
+    )
+
+
+def share(tiles: int, most: int) -> tuple[int, int]:
+    """Split tiles among programs: tiles of each, and programs, at most `most`."""
+    each = ceil_div(tiles, most)
+    return each, ceil_div(tiles, each)
+
+
+def splits_of(weight_tiles: int, pixel_tiles: int) -> int:
+    """How many programs share the pixels in a weight's gradient."""
+    wanted = min(max(SPLIT_PROGRAMS // weight_tiles, FEWEST_SPLITS), MOST_SPLITS)
+    return max(min(wanted, pixel_tiles), 1)

@@ -1,0 +1,56 @@
+"""A layer's parameters as one device table of addresses, and what the kernels may assume of them.
+
+A choice picks its tensors inside the kernels, so they need the addresses of all. As kernel
+arguments these would make one compiled kernel for each number of candidate ops; as a flat copy
+they would cost a launch a call, and twice the weights' traffic. A table is copied to the device
+when parameters first appear and serves as long as they stay where they are. It can't go stale: its
+key is what it holds.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastshift.kernels.plan import refuse_capture
+
+__all__ = ["address_table"]
+
+CAPACITY = 4096  # tables; one is at most some hundreds of bytes
+ALIGNMENT = 16  # bytes, of the widest access
+
+_TABLES: OrderedDict[tuple, Tensor] = OrderedDict()
+_CAPTURED: dict[tuple, Tensor] = {}  # those that a CUDA graph reads, which must not go
+
+
+def address_table(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
+    """The addresses of contiguous tensors, and whether all begin where a wide access may.
+
+    Args:
+        tensors: on `device`.
+        device: where the table is to be.
+
+    Returns:
+        `[n]` int64 (`[1]` where there are none); and whether all are multiples of 16 bytes.
+
+    Raises:
+        RuntimeError: the table is not there yet and a CUDA graph is being captured.
+    """
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    key = (device, addresses)
+    table = _TABLES.get(key)
+    if table is None:
+        refuse_capture(device, "a table of parameters' addresses")
+        with torch.inference_mode(False):
+            table = torch.tensor(addresses or (0,), dtype=torch.int64, device=device)
+        _TABLES[key] = table
+        if len(_TABLES) > CAPACITY:
+            _TABLES.popitem(last=False)
+    else:
+        _TABLES.move_to_end(key)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _CAPTURED[key] = table
+    return table, all(address % ALIGNMENT == 0 for address in addresses)

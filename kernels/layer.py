@@ -1,0 +1,346 @@
+"""A population layer in training, launch by launch: buffers, grids and the order of the kernels.
+
+Forward: one launch for each step of the plan, one for the frames. Backward: one for the frames,
+then one for each step in reverse, which has both its convolution's gradients. Beside them one
+memset each, of the counters. Nothing here depends on a device value, and there is no transfer but
+the first time that a layer, a size or a parameter's place is seen, so all of it can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from fastshift.kernels._launch import (
+    MOST_PARTS,
+    Launch,
+    blocks_of,
+    ceil_div,
+    share,
+    splits_of,
+)
+from fastshift.kernels.addresses import address_table
+from fastshift.kernels.convolution import convolution_bwd_kernel, convolution_fwd_kernel
+from fastshift.kernels.frames import frame_bwd_kernel, frame_fwd_kernel
+from fastshift.kernels.plan import LayerPlan, Step
+from fastshift.kernels.record import Backward, Forward
+
+__all__ = ["backward", "backward_launches", "is_interpreted", "train", "train_launches"]
+
+FRAME_PIXELS, FRAME_CHANNELS = 32, 64
+
+
+@cache
+def is_interpreted() -> bool:
+    """Whether `TRITON_INTERPRET=1` was set when the kernels were loaded."""
+    return not isinstance(convolution_fwd_kernel, triton.runtime.jit.JITFunction)
+
+
+def _raw_rows(plan: LayerPlan, nodes: int, elements: int, rows: Tensor) -> Tensor:
+    """Uninitialised hidden rows of all nodes, as floats."""
+    floats = nodes * elements * rows.element_size() // 4
+    return torch.empty(floats, dtype=torch.float32, device=rows.device)
+
+
+def train(
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    plan: LayerPlan,
+    keep: bool,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply a layer with each batch norm normalising by its node's own moments.
+
+    Args:
+        rows: of the level above, `[R, N, H, W, C]`, contiguous.
+        parent, choice: of each node, `[M]` int32, on the same device; a choice below 0 is padding.
+        parameters: contiguous, float32.
+        plan: of the layer, for rows of this size.
+        keep: whether a backward pass may follow.
+        precision: of a product of float32: `ieee`, or `tf32`.
+
+    Returns:
+        The nodes' rows, `[M, N, H', W', C']`, those of padding left as they were; statistics,
+        `[M, K]` float32, zeros for padding; and the raw rows, flat float32, empty unless kept.
+    """
+    nodes, device = choice.shape[0], rows.device
+    shape = (nodes, plan.images, *plan.out_size, plan.channels[1])
+    out = torch.empty(shape, dtype=rows.dtype, device=device)
+    statistics = torch.empty(nodes, plan.statistics_floats, dtype=torch.float32, device=device)
+    elements = plan.kept_elements if keep else plan.passing_elements
+    raw = _raw_rows(plan, nodes, elements, rows)
+    if out.numel():
+        table, frames = plan.tables(device, kept=keep)
+        addresses, _ = address_table(parameters, device)
+        steps = [_Forward(plan, step, nodes, rows.dtype) for step in plan.steps]
+        partial = max((step.partial_floats for step in steps), default=0)
+        buffers = Forward(
+            rows=rows,
+            parent=parent,
+            choice=choice,
+            table=table,
+            frames=frames,
+            addresses=addresses,
+            raw=raw.view(rows.dtype),
+            statistics=statistics,
+            partial=torch.empty(partial, dtype=torch.float32, device=device),
+            counters=_counters(steps, device),
+            out=out,
+        )
+        for launch in train_launches(buffers, plan, precision):
+            launch()
+    return out, statistics, raw if keep else raw.new_empty(0)
+
+
+class _Forward:
+    """Shares of a step's forward launch."""
+
+    def __init__(self, plan: LayerPlan, step: Step, nodes: int, dtype: torch.dtype) -> None:
+        self.blocks = blocks_of(step.depthwise, step.out_pixels, step.c_in, step.c_out, dtype)
+        tiles = ceil_div(step.out_pixels, self.blocks.pixels)
+        self.chunk, self.parts = share(tiles, MOST_PARTS)
+        self.items = nodes * step.lanes
+        self.tiles = ceil_div(step.c_out, self.blocks.channels)
+        self.counters = self.items * self.tiles
+        self.partial_floats = self.items * self.parts * 2 * step.c_out
+
+
+def _counters(steps: Sequence[_Forward | _Backward | _FrameBackward], device: torch.device):
+    """Of all launches, one after the other."""
+    return torch.zeros(sum(s.counters for s in steps), dtype=torch.int32, device=device)
+
+
+def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Launch]:
+    """The launches of a forward pass, in their order."""
+    nodes, dtype = b.choice.shape[0], b.rows.dtype
+    counters = 0
+    for step in plan.steps:
+        own = _Forward(plan, step, nodes, dtype)
+        yield Launch(
+            convolution_fwd_kernel,
+            (own.items * own.parts, own.tiles),
+            (b,),
+            {
+                "first": step.first,
+                "width": step.c_out,
+                "chunk": own.chunk,
+                "parts": own.parts,
+                "counters": counters,
+                **_options(plan, step, dtype, precision),
+                "BLOCK_P": own.blocks.pixels,
+                "BLOCK_C": own.blocks.channels,
+                "BLOCK_K": own.blocks.depth,
+            },
+        )
+        counters += own.counters
+    parts = ceil_div(plan.out_pixels, FRAME_PIXELS)
+    yield Launch(
+        frame_fwd_kernel,
+        (nodes * parts, ceil_div(plan.channels[1], FRAME_CHANNELS)),
+        (b,),
+        {
+            "parts": parts,
+            "ALIGN": plan.align,
+            "BLOCK_P": FRAME_PIXELS,
+            "BLOCK_C": FRAME_CHANNELS,
+        },
+    )
+
+
+def _options(plan: LayerPlan, step: Step, dtype: torch.dtype, precision: str) -> dict:
+    """What both kernels of a step have in common."""
+    return {
+        "LANES": step.lanes,
+        "DEPTHWISE": step.depthwise,
+        "MOVES": step.moves,
+        "SPLITS": step.splits,
+        "CONTINUES": step.continues,
+        "ALIGN": plan.align,
+        "PRECISION": precision,
+        "UPCAST": is_interpreted() and dtype is torch.bfloat16,
+    }
+
+
+class _Backward:
+    """Shares of a step's backward launch."""
+
+    def __init__(
+        self, plan: LayerPlan, step: Step, nodes: int, rows: int, dtype: torch.dtype
+    ) -> None:
+        self.blocks = blocks_of(step.depthwise, step.in_pixels, step.c_out, step.c_in, dtype)
+        blocks = self.blocks
+        self.chunk, self.parts = share(ceil_div(step.in_pixels, blocks.pixels), MOST_PARTS)
+        self.tiles = ceil_div(step.c_in, blocks.channels)
+        self.row_tiles = ceil_div(plan.channels[0], blocks.channels)
+        self.items = nodes * step.lanes if step.continues else 0
+        self.node_programs = self.items * self.tiles * self.parts
+        self.row_programs = rows * self.row_tiles * self.parts if step.enters else 0
+        taps = step.kernel**2
+        self.taps_room = 1 << (taps - 1).bit_length() if step.depthwise else 1
+        self.taps_most = 1 if step.depthwise else taps
+        self.weight_out = blocks.channels if step.depthwise else blocks.weight_out
+        self.o_tiles = ceil_div(step.c_out, self.weight_out)
+        self.i_tiles = 1 if step.depthwise else ceil_div(step.c_in, blocks.weight_in)
+        per_slot = self.o_tiles * self.i_tiles * self.taps_most
+        self.splits = splits_of(per_slot, ceil_div(step.out_pixels, blocks.weight_pixels))
+        self.weight_tiles = plan.num_choices * step.lanes * per_slot
+        inner = self.taps_room if step.depthwise else blocks.weight_in
+        self.weight_floats = self.weight_tiles * self.splits * self.weight_out * inner
+        self.programs = self.node_programs + self.row_programs + self.weight_tiles * self.splits
+        self.counters = self.items * self.tiles + self.weight_tiles
+        self.partial_floats = self.items * self.parts * 2 * step.c_in
+
+
+class _FrameBackward:
+    """Shares of the frames' backward launch."""
+
+    def __init__(self, plan: LayerPlan, nodes: int, rows: int) -> None:
+        self.chunk, self.parts = share(ceil_div(plan.out_pixels, FRAME_PIXELS), MOST_PARTS)
+        self.width = plan.channels[1] if plan.steps else 0
+        self.tiles = ceil_div(self.width, FRAME_CHANNELS)
+        self.node_programs = nodes * 2 * self.tiles * self.parts
+        self.row_parts = ceil_div(plan.row_pixels, FRAME_PIXELS)
+        self.row_tiles = ceil_div(plan.channels[0], FRAME_CHANNELS)
+        self.row_programs = rows * self.row_parts * self.row_tiles
+        self.counters = nodes * 2 * self.tiles
+        self.partial_floats = nodes * 2 * self.parts * 2 * self.width
+
+
+def backward(
+    d_out: Tensor,
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    statistics: Tensor,
+    saved: Tensor,
+    plan: LayerPlan,
+    needs_rows: bool,
+    precision: str = "ieee",
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the gradients of `train`'s rows.
+
+    Args:
+        d_out: of the nodes' rows, contiguous; those of padding are not read.
+        rows, parent, choice, parameters, plan, precision: as for `train`.
+        statistics, saved: as it returned them.
+        needs_rows: whether the rows' gradient is wanted.
+
+    Returns:
+        The gradient of `rows`, empty where not wanted, and those of all parameters, each a tensor
+        of its own.
+    """
+    device, nodes = rows.device, choice.shape[0]
+    if not d_out.numel():
+        d_rows = torch.zeros_like(rows) if needs_rows else rows.new_empty(0)
+        return d_rows, [torch.zeros_like(p) for p in parameters]
+    d_rows = torch.empty(rows.shape if needs_rows else 0, dtype=rows.dtype, device=device)
+    gradients = [torch.empty(p.shape, dtype=torch.float32, device=device) for p in parameters]
+    sums = d_rows
+    if rows.dtype is not torch.float32 and any(step.enters for step in plan.steps):
+        sums = torch.empty(d_rows.shape, dtype=torch.float32, device=device)
+    table, frames = plan.tables(device, kept=True)
+    addresses, _ = address_table(parameters, device)
+    shares = _shares(plan, nodes, rows.shape[0] if needs_rows else 0, rows.dtype)
+    weight_floats = max((own.weight_floats for own in shares[1:]), default=0)
+    floats = max(own.partial_floats for own in shares)
+    totals = plan.totals_floats * nodes
+    buffers = Backward(
+        rows=rows,
+        parent=parent,
+        choice=choice,
+        table=table,
+        frames=frames,
+        addresses=addresses,
+        raw=saved.view(rows.dtype),
+        statistics=statistics,
+        partial=torch.empty(floats, dtype=torch.float32, device=device),
+        counters=_counters(shares, device),
+        destinations=torch.empty(max(len(gradients), 1), dtype=torch.int64, device=device),
+        totals=torch.empty(totals, dtype=torch.float32, device=device),
+        d_out=d_out,
+        gradient=_raw_rows(plan, nodes, plan.passing_elements, rows).view(rows.dtype),
+        sums=sums,
+        d_rows=d_rows,
+        partial_weights=torch.empty(weight_floats, dtype=torch.float32, device=device),
+    )
+    for launch in backward_launches(buffers, gradients, plan, needs_rows, precision):
+        launch()
+    return d_rows, gradients
+
+
+def _shares(
+    plan: LayerPlan, nodes: int, rows: int, dtype: torch.dtype
+) -> list[_FrameBackward | _Backward]:
+    """Of all launches of a backward pass, in their order."""
+    steps = [_Backward(plan, step, nodes, rows, dtype) for step in reversed(plan.steps)]
+    return [_FrameBackward(plan, nodes, rows), *steps]
+
+
+def backward_launches(
+    b: Backward, gradients: Sequence[Tensor], plan: LayerPlan, needs_rows: bool, precision: str
+) -> Iterator[Launch]:
+    """The launches of a backward pass, in their order."""
+    nodes, dtype = b.choice.shape[0], b.rows.dtype
+    frame, *steps = _shares(plan, nodes, b.rows.shape[0] if needs_rows else 0, dtype)
+    yield Launch(
+        frame_bwd_kernel,
+        (frame.node_programs + frame.row_programs,),
+        (b, tuple(gradients)),
+        {
+            "nodes": nodes,
+            "width": frame.width,
+            "chunk": frame.chunk,
+            "parts": frame.parts,
+            "tiles": frame.tiles,
+            "row_parts": frame.row_parts,
+            "row_tiles": frame.row_tiles,
+            "node_programs": frame.node_programs,
+            "ROWS": needs_rows,
+            "ALIGN": plan.align,
+            "BLOCK_P": FRAME_PIXELS,
+            "BLOCK_C": FRAME_CHANNELS,
+        },
+    )
+    counters = frame.counters
+    # Sums in float32 go on until the last launch that adds to them, which rounds them once.
+    entering = [step for step in plan.steps if step.enters]
+    for own, step in zip(steps, reversed(plan.steps), strict=True):
+        ends = step is entering[0]
+        yield Launch(
+            convolution_bwd_kernel,
+            (own.programs,),
+            (b if ends else b._replace(d_rows=b.sums),),
+            {
+                "first": step.first,
+                "nodes": nodes,
+                "width": step.c_in,
+                "chunk": own.chunk,
+                "parts": own.parts,
+                "tiles": own.tiles,
+                "row_tiles": own.row_tiles,
+                "node_programs": own.node_programs,
+                "row_programs": own.row_programs,
+                "splits": own.splits,
+                "o_tiles": own.o_tiles,
+                "i_tiles": own.i_tiles,
+                "taps_most": own.taps_most,
+                "counters": counters,
+                **_options(plan, step, dtype, precision),
+                "ENTERS": step.enters and needs_rows,
+                "BLOCK_P": own.blocks.pixels,
+                "BLOCK_C": own.blocks.channels,
+                "BLOCK_K": own.blocks.depth,
+                "BLOCK_O": own.weight_out,
+                "BLOCK_I": own.blocks.weight_in,
+                "BLOCK_D": own.blocks.weight_pixels,
+                "TAPS": own.taps_room,
+            },
+        )
+        counters += own.counters

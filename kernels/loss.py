@@ -1,0 +1,456 @@
+"""Cross-entropy and wrong answers of every candidate of a step: logits `[D, N, K]` -> `[D]` each.
+
+Fused: the log-softmax over classes, label smoothing, the picked label, the argmax and the sums over
+images, for all candidates. With `p = softmax(x)`, smoothing `e` and label `y`,
+
+    loss_d = sum_n (1 - e) (-log p_y) + e mean_k (-log p_k)
+    d x_k  = d loss_d (p_k - [k = y] + e ([k = y] - 1 / K))
+
+The forward pass reads the logits once and writes two numbers a candidate and tile of images; the
+backward pass reads them once and writes their gradient once. Candidate by candidate PyTorch reads
+and writes them five times in forward and backward, and starts seven kernels.
+
+Tiles of images are summed in two launches, each in a fixed order, so results repeat bit for bit;
+where one tile holds all images there is one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network
+
+__all__ = [
+    "candidate_loss",
+    "candidate_loss_backward_ref",
+    "candidate_loss_ref",
+    "catalogue",
+]
+
+_TILE = 2048  # logits in registers at a time: 16 a thread with 4 warps
+_MAX_ROWS = 32
+_MAX_TILES = 128  # of images, a candidate
+
+
+def candidate_loss_ref(
+    logits: Tensor, labels: Tensor, num_leaves: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Define `candidate_loss` in plain PyTorch; sums are of float32 or of the logits' float64."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.to(wide)
+    num_classes = x.shape[-1]
+    known = (labels >= 0) & (labels < num_classes)
+    label = labels.clamp(0, num_classes - 1).expand(x.shape[:-1])
+    log_p = x.log_softmax(dim=-1)
+    loss = -log_p.gather(-1, label[..., None])[..., 0]
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(dim=-1)
+    loss = torch.where(known, loss, torch.nan)
+    wrong = (x.argmax(dim=-1) != label) | x.isnan().any(dim=-1) | ~known
+    is_leaf = torch.arange(x.shape[0], device=x.device) < num_leaves
+    losses = torch.where(is_leaf, loss.sum(dim=1), 0.0)
+    return losses, torch.where(is_leaf, wrong.sum(dim=1), 0)
+
+
+def candidate_loss_backward_ref(
+    d_losses: Tensor, logits: Tensor, labels: Tensor, num_leaves: Tensor, label_smoothing: float
+) -> Tensor:
+    """Define the gradient of the losses to the logits: `[D, N, K]`, contiguous, of their type."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    num_classes = logits.shape[-1]
+    classes = torch.arange(num_classes, device=logits.device)
+    target = (labels[:, None] == classes).to(wide)
+    target = target - label_smoothing * (target - 1 / num_classes)
+    known = ((labels >= 0) & (labels < num_classes))[:, None]
+    slope = torch.where(known, logits.to(wide).softmax(dim=-1) - target, torch.nan)
+    is_leaf = (torch.arange(logits.shape[0], device=logits.device) < num_leaves)[:, None, None]
+    d_logits = torch.where(is_leaf, slope * d_losses.to(wide)[:, None, None], 0.0)
+    return d_logits.to(logits.dtype).contiguous()
+
+
+@triton.jit
+def _row_logits(
+    x_ptr, offs_n, offs_k, k, mask_n, stride_xn, stride_xk, K: tl.constexpr, VEC: tl.constexpr
+):
+    """Load `[ROWS, BLOCK_K]` logits as fp32: -inf where there is no class, 0 where no image."""
+    classes = k + offs_k
+    rows = offs_n.to(tl.int64)[:, None] * (stride_xn * VEC)
+    offs = rows + classes.to(tl.int64)[None, :] * stride_xk
+    mask = mask_n[:, None] & (classes < K)[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=-float("inf")).to(tl.float32)
+    return tl.where(mask_n[:, None], x, 0.0)
+
+
+@triton.jit
+def _loss_fwd_kernel(
+    x_ptr,
+    label_ptr,
+    num_leaves_ptr,
+    loss_ptr,
+    wrong_ptr,
+    smoothing,
+    num_images,
+    tiles,
+    stride_xd,
+    stride_xn,
+    stride_xk,
+    SMOOTHED: tl.constexpr,
+    K: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sum losses and wrong answers of one candidate over every `tiles`-th tile of `ROWS` images."""
+    tile = tl.program_id(0)
+    candidate = tl.program_id(1)
+    out = candidate.to(tl.int64) * tiles + tile
+    if candidate >= tl.load(num_leaves_ptr):
+        tl.store(loss_ptr + out, 0.0)
+        tl.store(wrong_ptr + out, 0)
+        return
+    x_ptr += candidate.to(tl.int64) * (stride_xd * VEC)
+    offs_k = tl.arange(0, BLOCK_K)
+    losses = tl.zeros((ROWS,), tl.float32)
+    wrongs = tl.zeros((ROWS,), tl.int32)
+    for first in range(tile * ROWS, num_images, tiles * ROWS):
+        offs_n = first + tl.arange(0, ROWS)
+        mask_n = offs_n < num_images
+        label = tl.load(label_ptr + offs_n, mask=mask_n, other=0)
+        top = tl.full((ROWS,), -float("inf"), tl.float32)
+        argmax = tl.zeros((ROWS,), tl.int32)
+        total = tl.zeros((ROWS,), tl.float32)  # of exp(x - top)
+        picked = tl.zeros((ROWS,), tl.float32)
+        below = tl.zeros((ROWS,), tl.float32)  # sum of x - top
+        nans = tl.zeros((ROWS,), tl.int32)
+        for k in range(0, K, BLOCK_K):
+            x = _row_logits(x_ptr, offs_n, offs_k, k, mask_n, stride_xn, stride_xk, K, VEC)
+            classes = k + offs_k
+            block_top = tl.max(x, axis=1)
+            at_top = tl.where(x == block_top[:, None], classes[None, :], K)
+            argmax = tl.where(block_top > top, tl.min(at_top, axis=1), argmax)
+            # Before any number there is nothing to rescale, and -inf - -inf would be NaN.
+            new_top = tl.maximum(top, block_top)
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            step = tl.where(top == -float("inf"), 0.0, top - shift)
+            less = x - shift[:, None]
+            total = total * tl.exp(step) + tl.sum(tl.exp(less), axis=1)
+            top = new_top
+            is_label = classes[None, :] == label[:, None]
+            picked += tl.sum(tl.where(is_label, x, 0.0), axis=1)
+            nans += tl.sum((x != x).to(tl.int32), axis=1)
+            if SMOOTHED:
+                own = tl.sum(tl.where((classes < K)[None, :], less, 0.0), axis=1)
+                below = below + step * k + own
+        log_total = tl.log(total)
+        loss = log_total - (picked - top)
+        if SMOOTHED:
+            loss = (1 - smoothing) * loss + smoothing * (log_total - below / K)
+        known = (label >= 0) & (label < K)
+        # Maxima skip NaN, and beside an infinite largest logit no other has a meaning.
+        is_nan = (nans > 0) | (tl.abs(top) == float("inf")) | (known == 0)
+        loss = tl.where(is_nan, float("nan"), loss)
+        losses += tl.where(mask_n, loss, 0.0)
+        is_wrong = (argmax != label) | (nans > 0) | (known == 0)
+        wrongs += (is_wrong & mask_n).to(tl.int32)
+    tl.store(loss_ptr + out, tl.sum(losses, axis=0))
+    tl.store(wrong_ptr + out, tl.sum(wrongs, axis=0))
+
+
+@triton.jit
+def _loss_sum_kernel(loss_ptr, wrong_ptr, losses_ptr, wrongs_ptr, tiles, TILES: tl.constexpr):
+    """Add up one candidate's tiles."""
+    candidate = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, TILES)
+    mask = offs < tiles
+    loss = tl.load(loss_ptr + candidate * tiles + offs, mask=mask, other=0.0)
+    wrong = tl.load(wrong_ptr + candidate * tiles + offs, mask=mask, other=0)
+    tl.store(losses_ptr + candidate, tl.sum(loss, axis=0))
+    tl.store(wrongs_ptr + candidate, tl.sum(wrong.to(tl.int64), axis=0))
+
+
+@triton.jit
+def _loss_bwd_kernel(
+    dloss_ptr,
+    x_ptr,
+    label_ptr,
+    num_leaves_ptr,
+    dx_ptr,
+    smoothing,
+    num_images,
+    stride_xd,
+    stride_xn,
+    stride_xk,
+    K: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write the gradient of one candidate's logits for one tile of `ROWS` images."""
+    candidate = tl.program_id(1)
+    offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask_n = offs_n < num_images
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptr += candidate.to(tl.int64) * (stride_xd * VEC)
+    row = (candidate.to(tl.int64) * num_images + offs_n) * K
+    is_leaf = candidate < tl.load(num_leaves_ptr)
+    mask_x = mask_n & is_leaf
+    d_loss = tl.load(dloss_ptr + candidate).to(tl.float32)
+    label = tl.load(label_ptr + offs_n, mask=mask_n, other=0)
+    known = (label >= 0) & (label < K)
+    d_loss = tl.where(known, d_loss, float("nan"))
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = _row_logits(x_ptr, offs_n, offs_k, k, mask_x, stride_xn, stride_xk, K, VEC)
+        new_top = tl.maximum(top, tl.max(x, axis=1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        top = new_top
+    for k in range(0, K, BLOCK_K):
+        x = _row_logits(x_ptr, offs_n, offs_k, k, mask_x, stride_xn, stride_xk, K, VEC)
+        classes = k + offs_k
+        p = tl.exp(x - top[:, None]) / total[:, None]
+        target = tl.where(classes[None, :] == label[:, None], 1.0, 0.0)
+        slope = (p - target) + smoothing * (target - 1.0 / K)
+        dx = tl.where(is_leaf, slope * d_loss[:, None], 0.0)
+        mask = mask_n[:, None] & (classes < K)[None, :]
+        offs = row[:, None] + classes[None, :]
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _blocks(logits: Tensor) -> dict[str, int]:
+    """Sizes of a tile, and the elements that every row's start is a multiple of."""
+    _, num_images, num_classes = logits.shape
+    block_k = min(triton.next_power_of_2(num_classes), _TILE)
+    rows = min(_TILE // block_k, triton.next_power_of_2(num_images), _MAX_ROWS)
+    vec = math.gcd(16 // logits.element_size(), num_classes, *logits.stride()[:2])
+    return {"K": num_classes, "VEC": vec, "ROWS": rows, "BLOCK_K": block_k}
+
+
+def _strides(logits: Tensor, vec: int) -> tuple[int, int, int]:
+    """Strides as the kernels take them: those of rows in `vec` elements."""
+    stride_xd, stride_xn, stride_xk = logits.stride()
+    return stride_xd // vec, stride_xn // vec, stride_xk
+
+
+def _loss_fwd_triton(
+    logits: Tensor, labels: Tensor, num_leaves: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    candidates, num_images, _ = logits.shape
+    blocks = _blocks(logits)
+    tiles = min(triton.cdiv(num_images, blocks["ROWS"]), _MAX_TILES)
+    losses = logits.new_empty(candidates, dtype=torch.float32)
+    wrongs = logits.new_empty(candidates, dtype=torch.int64)
+    single = tiles == 1
+    loss = losses if single else logits.new_empty(candidates, tiles, dtype=torch.float32)
+    wrong = wrongs if single else logits.new_empty(candidates, tiles, dtype=torch.int32)
+    _loss_fwd_kernel[(tiles, candidates)](
+        logits,
+        labels,
+        num_leaves,
+        loss,
+        wrong,
+        label_smoothing,
+        num_images,
+        tiles,
+        *_strides(logits, blocks["VEC"]),
+        SMOOTHED=label_smoothing > 0,
+        **blocks,
+        num_warps=4,
+    )
+    if not single:
+        _loss_sum_kernel[(candidates,)](
+            loss,
+            wrong,
+            losses,
+            wrongs,
+            tiles,
+            TILES=triton.next_power_of_2(tiles),
+            num_warps=1,
+        )
+    return losses, wrongs
+
+
+def _loss_bwd_triton(
+    d_losses: Tensor, logits: Tensor, labels: Tensor, num_leaves: Tensor, label_smoothing: float
+) -> Tensor:
+    candidates, num_images, _ = logits.shape
+    blocks = _blocks(logits)
+    d_logits = logits.new_empty(logits.shape)
+    _loss_bwd_kernel[(triton.cdiv(num_images, blocks["ROWS"]), candidates)](
+        d_losses,
+        logits,
+        labels,
+        num_leaves,
+        d_logits,
+        label_smoothing,
+        num_images,
+        *_strides(logits, blocks["VEC"]),
+        **blocks,
+        num_warps=4,
+    )
+    return d_logits
+
+
+class _CandidateLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, num_leaves, label_smoothing):
+        ctx.save_for_backward(logits, labels, num_leaves)
+        ctx.label_smoothing = label_smoothing
+        with torch._C._AutoDispatchBelowAutograd():
+            losses, wrong = torch.ops.fastshift.candidate_loss(
+                logits, labels, num_leaves, label_smoothing
+            )
+        ctx.mark_non_differentiable(wrong)
+        return losses, wrong
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_losses, _):
+        d_logits = torch.ops.fastshift.candidate_loss_backward(
+            d_losses.contiguous(), *ctx.saved_tensors, ctx.label_smoothing
+        )
+        return d_logits, None, None, None
+
+
+def _loss_autograd(logits, labels, num_leaves, label_smoothing):
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _CandidateLoss.apply(logits, labels, num_leaves, label_smoothing)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastshift.candidate_loss(logits, labels, num_leaves, label_smoothing)
+
+
+def _loss_fake(logits, labels, num_leaves, label_smoothing):
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    candidates = logits.shape[0]
+    return logits.new_empty(candidates, dtype=wide), logits.new_empty(candidates, dtype=torch.int64)
+
+
+def _loss_backward_fake(d_losses, logits, labels, num_leaves, label_smoothing):
+    return logits.new_empty(logits.shape)
+
+
+_LIBRARY = torch.library.Library("fastshift", "FRAGMENT")
+_ARGUMENTS = "Tensor logits, Tensor labels, Tensor num_leaves, float label_smoothing"
+for _schema, _ref, _cuda, _fake in (
+    (
+        f"candidate_loss({_ARGUMENTS}) -> (Tensor, Tensor)",
+        candidate_loss_ref,
+        _loss_fwd_triton,
+        _loss_fake,
+    ),
+    (
+        f"candidate_loss_backward(Tensor d_losses, {_ARGUMENTS}) -> Tensor",
+        candidate_loss_backward_ref,
+        _loss_bwd_triton,
+        _loss_backward_fake,
+    ),
+):
+    _name = _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(_name, _ref, "CPU")
+    _LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"fastshift::{_name}", _fake, lib=_LIBRARY)
+_LIBRARY.impl("candidate_loss", _loss_autograd, "Autograd")
+
+
+def candidate_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_leaves: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute each candidate's summed cross-entropy and its number of wrong answers.
+
+    Smoothing is that of `torch.nn.functional.cross_entropy`. The answer is the first of the largest
+    logits, as `torch.argmax` gives it; an image with a NaN among its logits counts as wrong. A
+    label outside of the classes gives a loss of NaN and a wrong answer: nothing waits for the
+    device to say so. The losses are differentiable, once.
+
+    Args:
+        logits: `[D, N, K]`, float32, float16 or bfloat16 (float64 on a CPU alone); any strides.
+        labels: `[N]` int64, contiguous.
+        num_leaves: `[1]` int32 on the device: candidates from this one on are padding, whose
+            logits are not read, with loss, count and gradient zero; None where there are none.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        Losses, nats summed over images, `[D]` float32 (float64 of float64), and wrong answers,
+        `[D]` int64.
+
+    Raises:
+        ValueError: a shape, type or value is not as described.
+    """
+    if logits.dim() != 3 or not logits.is_floating_point() or 0 in logits.shape:
+        raise ValueError(
+            f"logits: {tuple(logits.shape)} of {logits.dtype}; expected [D, N, K] of floats, not "
+            "empty"
+        )
+    if labels.shape != logits.shape[1:2] or labels.dtype is not torch.int64:
+        raise ValueError(
+            f"labels: {tuple(labels.shape)} of {labels.dtype}; "
+            f"expected [{logits.shape[1]}] of torch.int64"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: {label_smoothing}; expected a value in [0, 1]")
+    if logits.dtype is torch.float64 and logits.device.type != "cpu":
+        raise ValueError(f"logits: float64 on {logits.device}; expected a narrower type there")
+    if num_leaves is None:
+        num_leaves = torch.full((1,), logits.shape[0], dtype=torch.int32, device=logits.device)
+    elif num_leaves.shape != (1,) or num_leaves.dtype is not torch.int32:
+        raise ValueError(
+            f"num_leaves: {tuple(num_leaves.shape)} of {num_leaves.dtype}; "
+            "expected [1] of torch.int32"
+        )
+    return torch.ops.fastshift.candidate_loss(
+        logits, labels.contiguous(), num_leaves, float(label_smoothing)
+    )
+
+
+def catalogue(network: Network, dtype: str) -> Iterator[Case]:
+    """Yield the loss and its gradient at a network's head."""
+    shape = (network.num_candidates, network.num_images, network.num_classes)
+    logits = shape[0] * shape[1] * shape[2] * DTYPES[dtype].itemsize
+    side = 8 * shape[1] + 4
+    width = math.gcd(16, shape[2] * DTYPES[dtype].itemsize)
+
+    def given(device: str) -> tuple[Tensor, ...]:
+        make = Inputs(device)
+        labels = make.integers(0, shape[2], shape[1])
+        num_leaves = make.given([shape[0]], torch.int32)
+        return make.normal(*shape, dtype=DTYPES[dtype]), labels, num_leaves
+
+    yield Case(
+        "candidate_loss",
+        network.name,
+        dtype,
+        lambda device: (*given(device), 0.1),
+        _loss_fwd_triton,
+        flops=3 * shape[0] * shape[1] * shape[2],
+        read_bytes=logits + side,
+        written_bytes=12 * shape[0],
+        launches=2,
+        load_width=width,
+        store_width=4,
+        narrow=("_loss_sum_kernel",),
+    )
+    yield Case(
+        "candidate_loss_backward",
+        network.name,
+        dtype,
+        lambda device: (Inputs(device, 1).normal(shape[0]), *given(device), 0.1),
+        _loss_bwd_triton,
+        flops=4 * shape[0] * shape[1] * shape[2],
+        read_bytes=logits + side + 4 * shape[0],
+        written_bytes=logits,
+        launches=1,
+        load_width=width,
+        store_width=width,
+    )

@@ -1,0 +1,456 @@
+"""The static launch plan of a population layer: what each launch does, as tables the kernels read.
+
+The chains of all choices (main and shortcut) are laid along one sequence of steps, each of
+pointwise and dense convolutions or of depthwise ones. A step is one launch for every node that has
+a unit there. What a unit reads, computes and writes is one record of int32, found by the node's
+choice; two populations of a layer differ in device buffers alone.
+
+Rows of hidden units lie in one buffer, `node_elements` to a node; where in it, in lines of `LINE`
+elements, is in the records. `kept` rows have places of their own, others take turns in two places
+for each chain.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CHAIN_FIELDS",
+    "FIELDS",
+    "FRAME_FIELDS",
+    "HEADER",
+    "LINE",
+    "LayerPlan",
+    "Step",
+    "plan_layer",
+    "supersequence",
+]
+
+LINE = 32  # elements; a hidden unit's rows begin at a multiple of it
+
+# Of the layer, before all records: `raw_lines` and `gradient_lines` are those of a node.
+HEADER = (
+    "images",
+    "row_pixels",
+    "row_channels",
+    "out_pixels",
+    "out_channels",
+    "raw_lines",
+    "gradient_lines",
+    "statistics_floats",
+    "totals_floats",
+)
+
+# Of a unit. Places of rows are in lines, `channel` and `source_channel` in channels of the batch
+# norms before, parameters are indices into the layer's list and -1 for none, `eps` the bits of a
+# float32. `source` is the unit before; where `first` there is none, and the parent's row is read,
+# where `split` its odd channels. `last`: the gradient is the node's own from channel `y_offset` on.
+FIELDS = (
+    "active",
+    "c_in",
+    "c_out",
+    "kernel",
+    "stride",
+    "in_height",
+    "in_width",
+    "out_height",
+    "out_width",
+    "first",
+    "split",
+    "last",
+    "y_offset",
+    "raw",
+    "channel",
+    "relu",
+    "weight",
+    "scale",
+    "shift",
+    "eps",
+    "gradient",
+    "source_raw",
+    "source_channel",
+    "source_relu",
+    "source_shift",
+    "source_gradient",
+)
+
+# Of a choice: which channels of the parent's row are copied or added (0 none, 1 all, 2 the even
+# ones), channels of all batch norms, and the last units of the main chain and of the shortcut.
+CHAIN_FIELDS = ("there", "raw", "channel", "relu", "shift", "c", "y_offset")
+FRAME_FIELDS = (
+    "row",
+    "channels",
+    *(f"main_{name}" for name in CHAIN_FIELDS),
+    *(f"aside_{name}" for name in CHAIN_FIELDS),
+)
+
+
+class Unit(Protocol):
+    """A convolution, a batch norm and perhaps a ReLU."""
+
+    depthwise: bool
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    relu: bool
+    eps: float
+    scale: bool
+    shift: bool
+
+
+class Op(Protocol):
+    """A candidate op: units of a main chain, then of a shortcut, in a frame."""
+
+    units: Sequence[Unit]
+    main: int
+    frame: str
+    splits: bool
+    in_channels: int
+    out_channels: int
+    channels: int
+
+
+class Layer(Protocol):
+    """The candidate ops of a level, None for an identity; where each one's parameters begin."""
+
+    ops: Sequence[Op | None]
+    first_parameter: Sequence[int]
+
+
+def supersequence(words: Sequence[str]) -> str:
+    """Find a shortest sequence that every word can be read from, leaving letters out.
+
+    Args:
+        words: of the letters D and P.
+    """
+    words = sorted({word for word in words if word})
+    pending = [("", (0,) * len(words))]
+    seen = set()
+    for found, at in pending:
+        if all(i == len(word) for i, word in zip(at, words, strict=True)):
+            return found
+        for letter in "PD":
+            then = tuple(i + (word[i : i + 1] == letter) for i, word in zip(at, words, strict=True))
+            if then != at and then not in seen:
+                seen.add(then)
+                pending.append((found + letter, then))
+    raise AssertionError("unreachable: reading one letter at a time ends")
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A unit in its chain: where it stands, and the sizes of its rows."""
+
+    choice: int
+    chain: int
+    index: int  # within the chain
+    length: int  # of the chain
+    unit: Unit
+    channel: int
+    parameter: int
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+
+    @property
+    def letter(self) -> str:
+        return "D" if self.unit.depthwise else "P"
+
+    @property
+    def parameters(self) -> tuple[int, int, int]:
+        """Weight, scale and shift, -1 for none."""
+        scale = self.parameter + 1 if self.unit.scale else -1
+        shift = self.parameter + 1 + self.unit.scale if self.unit.shift else -1
+        return self.parameter, scale, shift
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: all nodes that have a unit of one kind at this place.
+
+    Attributes:
+        depthwise: the kind; else pointwise, or dense.
+        lanes: units that a node may have here: 2 where a main chain and a shortcut meet.
+        first: where the step's records begin in the table, `[choices, lanes, FIELDS]`.
+        c_in, c_out, kernel: the largest.
+        in_pixels, out_pixels: of a node's rows before and behind, the largest.
+        moves: whether some unit reads other pixels than the one it writes.
+        enters: whether some unit reads the parent's row.
+        splits: whether some unit reads every other channel of it.
+        continues: whether some unit reads another unit's rows.
+    """
+
+    depthwise: bool
+    lanes: int
+    first: int
+    c_in: int
+    c_out: int
+    kernel: int
+    in_pixels: int
+    out_pixels: int
+    moves: bool
+    enters: bool
+    splits: bool
+    continues: bool
+
+
+class LayerPlan:
+    """The launches of a layer for rows of one size.
+
+    Args:
+        layer: its candidate ops.
+        images, height, width, channels: of a row.
+
+    Attributes:
+        num_choices: candidate ops.
+        channels: of a row and of a node's.
+        steps: in order of the forward pass; the backward pass goes through them in reverse.
+        out_size: height and width of a node's rows.
+        kept_elements, passing_elements: of a node's hidden rows, where all are kept and where they
+            take turns, as the gradients of theirs do.
+        align: a power of two, up to 16, that divides every number of channels.
+    """
+
+    def __init__(self, layer: Layer, images: int, height: int, width: int, channels: int) -> None:
+        self.images, self.size = images, (height, width)
+        self.num_choices = len(layer.ops)
+        self.channels = channels, next((op.out_channels for op in layer.ops if op), channels)
+        self._ops = layer.ops
+        self._chains = [
+            chain
+            for choice, op in enumerate(layer.ops)
+            if op
+            for chain in self._placed(choice, op, layer.first_parameter[choice])
+        ]
+        kinds = supersequence(["".join(p.letter for p in chain) for chain in self._chains])
+        self._at: list[list[_Placed]] = [[] for _ in kinds]
+        for chain in self._chains:
+            step = -1
+            for placed in chain:
+                step = kinds.index(placed.letter, step + 1)
+                self._at[step].append(placed)
+        self.out_size = next((chain[-1].out_size for chain in self._chains), self.size)
+        self.longest_chain = max(map(len, self._chains), default=0)
+        self._kept, self.kept_elements = self._places(kept=True)
+        self._passing, self.passing_elements = self._places(kept=False)
+        self.align = math.gcd(16, *self._channel_counts())
+        self.steps = self._steps()
+        self.row_pixels, self.out_pixels = (
+            images * math.prod(s) for s in (self.size, self.out_size)
+        )
+        most = max((op.channels for op in layer.ops if op), default=0)
+        self.statistics_floats, self.totals_floats = 5 * most, 2 * most
+        self._tables: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
+
+    def _placed(self, choice: int, op: Op, parameter: int) -> list[list[_Placed]]:
+        chains, channel = [], 0
+        for chain, units in enumerate((op.units[: op.main], op.units[op.main :])):
+            size, found = self.size, []
+            for index, unit in enumerate(units):
+                out = tuple((s - 1) // unit.stride + 1 for s in size)
+                found.append(
+                    _Placed(choice, chain, index, len(units), unit, channel, parameter, size, out)
+                )
+                size = out
+                channel += unit.out_channels
+                parameter += 1 + unit.scale + unit.shift
+            if found:
+                chains.append(found)
+        return chains
+
+    def _elements(self, placed: _Placed) -> int:
+        """Of a unit's rows, in whole lines."""
+        return (
+            -(-self.images * math.prod(placed.out_size) * placed.unit.out_channels // LINE) * LINE
+        )
+
+    def _places(self, *, kept: bool) -> tuple[dict[tuple[int, int, int], int], int]:
+        """Where a unit's rows begin, by choice, chain and index; and the elements of a node."""
+        found, total = {}, 0
+        room = [0, 0]
+        for chain in self._chains:
+            at = chain[0].chain
+            room[at] = max(room[at], *map(self._elements, chain))
+        ends: dict[int, int] = {}
+        for chain in self._chains:
+            choice = chain[0].choice
+            for placed in chain:
+                if kept:
+                    place = ends.get(choice, 0)
+                    ends[choice] = place + self._elements(placed)
+                else:
+                    place = 2 * room[0] * placed.chain + placed.index % 2 * room[placed.chain]
+                found[choice, placed.chain, placed.index] = place
+        total = max(ends.values(), default=0) if kept else 2 * sum(room)
+        return found, total
+
+    def _channel_counts(self) -> list[int]:
+        found = [*self.channels]
+        for op in self._ops:
+            if op:
+                found += [op.in_channels, op.out_channels, self._y_offset(op)]
+                found += [c for u in op.units for c in (u.in_channels, u.out_channels)]
+        return found
+
+    @staticmethod
+    def _y_offset(op: Op) -> int:
+        """Where the main chain's channels begin in the node's row."""
+        last = op.units[op.main - 1].out_channels
+        return op.out_channels - last if op.frame == "shuffle" else 0
+
+    def _steps(self) -> list[Step]:
+        found, first = [], len(HEADER)
+        for at in self._at:
+            units = [p.unit for p in at]
+            lanes = max(sum(p.choice == q.choice for q in at) for p in at)
+            found.append(
+                Step(
+                    depthwise=units[0].depthwise,
+                    lanes=lanes,
+                    first=first,
+                    c_in=max(u.in_channels for u in units),
+                    c_out=max(u.out_channels for u in units),
+                    kernel=max(u.kernel for u in units),
+                    in_pixels=self.images * max(math.prod(p.in_size) for p in at),
+                    out_pixels=self.images * max(math.prod(p.out_size) for p in at),
+                    moves=any(u.kernel > 1 or u.stride > 1 for u in units),
+                    enters=any(p.index == 0 for p in at),
+                    splits=any(p.index == 0 and self._ops[p.choice].splits for p in at),
+                    continues=any(p.index > 0 for p in at),
+                )
+            )
+            first += self.num_choices * lanes * len(FIELDS)
+        return found
+
+    def _record(self, placed: _Placed, chain: Sequence[_Placed], *, kept: bool) -> list[int]:
+        raw = self._kept if kept else self._passing
+        key = (placed.choice, placed.chain)
+        op, unit = self._ops[placed.choice], placed.unit
+        weight, scale, shift = placed.parameters
+        source = chain[placed.index - 1] if placed.index else None
+        values = {
+            "active": 1,
+            "c_in": unit.in_channels,
+            "c_out": unit.out_channels,
+            "kernel": unit.kernel,
+            "stride": unit.stride,
+            "in_height": placed.in_size[0],
+            "in_width": placed.in_size[1],
+            "out_height": placed.out_size[0],
+            "out_width": placed.out_size[1],
+            "first": source is None,
+            "split": source is None and op.splits,
+            "last": placed.index == placed.length - 1,
+            "y_offset": 0 if placed.chain else self._y_offset(op),
+            "raw": raw[(*key, placed.index)] // LINE,
+            "channel": placed.channel,
+            "relu": unit.relu,
+            "weight": weight,
+            "scale": scale,
+            "shift": shift,
+            "eps": struct.unpack("<i", struct.pack("<f", unit.eps))[0],
+            "gradient": self._passing[(*key, placed.index)] // LINE,
+            "source_raw": raw[(*key, source.index)] // LINE if source else 0,
+            "source_channel": source.channel if source else 0,
+            "source_relu": source.unit.relu if source else 0,
+            "source_shift": source.parameters[2] if source else -1,
+            "source_gradient": self._passing[(*key, source.index)] // LINE if source else 0,
+        }
+        return [int(values[name]) for name in FIELDS]
+
+    def _header(self, *, kept: bool) -> list[int]:
+        values = {
+            "images": self.images,
+            "row_pixels": self.row_pixels,
+            "row_channels": self.channels[0],
+            "out_pixels": self.out_pixels,
+            "out_channels": self.channels[1],
+            "raw_lines": (self.kept_elements if kept else self.passing_elements) // LINE,
+            "gradient_lines": self.passing_elements // LINE,
+            "statistics_floats": self.statistics_floats,
+            "totals_floats": self.totals_floats,
+        }
+        return [values[name] for name in HEADER]
+
+    def records(self, *, kept: bool) -> list[int]:
+        """The header, then of all steps `[choices, lanes, FIELDS]`, zeros for a choice without."""
+        found = self._header(kept=kept)
+        chain_of = {(c[0].choice, c[0].chain): c for c in self._chains}
+        for step, at in zip(self.steps, self._at, strict=True):
+            for choice in range(self.num_choices):
+                own = [p for p in at if p.choice == choice]
+                for placed in own:
+                    chain = chain_of[choice, placed.chain]
+                    found += self._record(placed, chain, kept=kept)
+                found += [0] * (len(FIELDS) * (step.lanes - len(own)))
+        return found
+
+    def frames(self, *, kept: bool) -> list[int]:
+        """Of all choices, `[choices, FRAME_FIELDS]`."""
+        raw = self._kept if kept else self._passing
+        found: list[int] = []
+        for choice, op in enumerate(self._ops):
+            if op is None:
+                found += [1, 0] + [0] * (2 * len(CHAIN_FIELDS))
+                continue
+            has_aside = len(op.units) > op.main
+            row = 2 if op.splits else int(op.frame == "residual" and not has_aside)
+            found += [row, op.channels]
+            for chain in (0, 1):
+                last = next(
+                    (c[-1] for c in self._chains if (c[0].choice, c[0].chain) == (choice, chain)),
+                    None,
+                )
+                if last is None:
+                    found += [0] * len(CHAIN_FIELDS)
+                    continue
+                place = raw[choice, chain, last.index] // LINE
+                unit = last.unit
+                y_offset = 0 if chain else self._y_offset(op)
+                found += [1, place, last.channel, int(unit.relu), last.parameters[2]]
+                found += [unit.out_channels, y_offset]
+        return found
+
+    def tables(self, device: torch.device, *, kept: bool) -> tuple[Tensor, Tensor]:
+        """The records of all steps and those of the frames, flat int32, copied there once.
+
+        Raises:
+            RuntimeError: they are not there yet and a CUDA graph is being captured.
+        """
+        key = (device, kept)
+        if key not in self._tables:
+            refuse_capture(device, "a layer's plan")
+            # An inference tensor that was kept could not be saved for a backward pass later on.
+            with torch.inference_mode(False):
+                self._tables[key] = tuple(
+                    torch.tensor(values, dtype=torch.int32, device=device)
+                    for values in (self.records(kept=kept), self.frames(kept=kept))
+                )
+        return self._tables[key]
+
+
+@cache
+def plan_layer(layer: Layer, images: int, height: int, width: int, channels: int) -> LayerPlan:
+    """The plan of a layer for rows `[images, height, width, channels]`, made once."""
+    return LayerPlan(layer, images, height, width, channels)
+
+
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Refuse to copy to a device while a CUDA graph is being captured.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} is not on {device} yet, and a CUDA graph is being captured, which cannot "
+            "copy it there; call the function once before the capture, with the same tensors"
+        )

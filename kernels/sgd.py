@@ -1,0 +1,383 @@
+"""One launch of masked SGD over all parameters: only those of sampled (block, choice) pairs move.
+
+Fused: clipping, weight decay, momentum (Nesterov's too) and the update of every parameter tensor,
+
+    g = coefficient grad + decay p;  m = momentum m + g;  p = p - lr (g + momentum m | m)
+
+as `torch.optim.SGD` has it. Each of p, grad and m of a sampled parameter is read once, p and m are
+written once; nothing of the others is touched, so they stay bit-identical. Every program finds its
+piece of a tensor in a table of addresses, and learning rates, the mask and the clipping coefficient
+are read from device buffers: a captured graph follows a schedule and serves every population.
+
+A momentum starts as -0.0, the one value for which `momentum m + g` is g bit for bit, as
+`torch.optim.SGD` has it in a parameter's first step: no flag says which step is the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network
+
+__all__ = ["SgdTables", "catalogue", "fresh_momenta", "sgd_step", "sgd_step_ref", "sgd_tables"]
+
+_BLOCK = 1024  # values a program: 8 a thread with 4 warps
+ALWAYS = -1  # the pair of parameters that every step moves: stem and head
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class SgdTables:
+    """Where the tensors of a model lie, on its device.
+
+    Attributes:
+        addresses: of each parameter, its gradient and its momentum, `[T, 3]` int64.
+        layout: of each parameter, its number of values, its pair and its group, `[T, 3]` int32.
+        pieces: of each program, its tensor and the first value of its piece, `[B, 2]` int32.
+        aligned: whether every address is a multiple of 16 bytes.
+    """
+
+    addresses: Tensor
+    layout: Tensor
+    pieces: Tensor
+    aligned: bool
+
+
+def fresh_momenta(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return momenta as no step has touched them: -0.0 everywhere, contiguous."""
+    return [torch.full(p.shape, -0.0, dtype=p.dtype, device=p.device) for p in parameters]
+
+
+def sgd_tables(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    pairs: Sequence[int],
+    groups: Sequence[int],
+) -> SgdTables:
+    """Note once where the tensors lie; they must stay there, as in a captured graph.
+
+    Args:
+        parameters: float32, each dense: its values fill its memory, in any order of dimensions.
+        gradients: of the parameters, in the same order of dimensions, all of one type: float32,
+            float16 or bfloat16.
+        momenta: float32 in the same order of dimensions, `fresh_momenta` before the first step.
+        pairs: of each parameter, its place in `used`, or -1 where every step moves it.
+        groups: of each parameter, its row of `rates`.
+
+    Raises:
+        ValueError: the lists differ in length, or a tensor is not as described.
+    """
+    lists = (parameters, gradients, momenta, pairs, groups)
+    if len({len(values) for values in lists}) > 1 or not parameters:
+        raise ValueError(
+            f"parameters, gradients, momenta, pairs, groups: {[len(v) for v in lists]} entries; "
+            "expected as many of each, not none"
+        )
+    for index, tensors in enumerate(zip(parameters, gradients, momenta, strict=True)):
+        _check(index, tensors, gradients[0].dtype)
+    if min(pairs) < ALWAYS or min(groups) < 0:
+        raise ValueError(f"pairs, groups: {min(pairs)}, {min(groups)}; expected at least -1 and 0")
+    device = parameters[0].device
+    triples = list(zip(parameters, gradients, momenta, strict=True))
+    addresses = [[t.data_ptr() for t in triple] for triple in triples]
+    counts = [p.numel() for p in parameters]
+    pieces = [(t, first) for t, count in enumerate(counts) for first in range(0, count, _BLOCK)]
+    return SgdTables(
+        torch.tensor(addresses, dtype=torch.int64, device=device),
+        torch.tensor(list(zip(counts, pairs, groups, strict=True)), dtype=torch.int32).to(device),
+        torch.tensor(pieces, dtype=torch.int32).view(-1, 2).to(device),
+        all(address % _ALIGNED == 0 for triple in addresses for address in triple),
+    )
+
+
+def _check(index: int, tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
+    parameter = tensors[0]
+    types = tuple(t.dtype for t in tensors)
+    fits = types in ((torch.float32, dtype, torch.float32), (torch.float64,) * 3)
+    if not fits or dtype not in (*DTYPES.values(), torch.float64):
+        raise ValueError(
+            f"parameter {index}: types {types}; expected float32, gradients of one floating type "
+            "and momenta of float32"
+        )
+    same = all(
+        t.shape == parameter.shape
+        and t.stride() == parameter.stride()
+        and t.device == parameter.device
+        for t in tensors
+    )
+    if not same or not _is_dense(parameter):
+        raise ValueError(
+            f"parameter {index}: shapes {[tuple(t.shape) for t in tensors]}, strides "
+            f"{[t.stride() for t in tensors]} on {[str(t.device) for t in tensors]}; expected "
+            "the same three times, dense"
+        )
+    if parameter.numel() >= 2**31 - _BLOCK:
+        raise ValueError(f"parameter {index}: {parameter.numel()} values; expected below 2^31")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's values fill its memory without gaps or overlaps."""
+    extents = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    reached = 1
+    for stride, size in extents:
+        if size > 1 and stride != reached:
+            return False
+        reached *= size
+    return True
+
+
+def sgd_step_ref(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    addresses: Tensor,
+    layout: Tensor,
+    pieces: Tensor,
+    used: Tensor,
+    rates: Tensor,
+    coefficient: Tensor,
+    nesterov: bool,
+    aligned: bool,
+) -> None:
+    """Define `sgd_step` in plain PyTorch; of the tables it reads pairs and groups alone."""
+    scale = coefficient.item()
+    if not math.isfinite(scale):
+        return
+    triples = zip(parameters, gradients, momenta, layout.tolist(), strict=True)
+    for parameter, gradient, momentum, (_, pair, group) in triples:
+        if pair != ALWAYS and not used[pair]:
+            continue
+        lr, decay, rate = rates[group].tolist()
+        g = gradient.to(parameter.dtype) * scale
+        if decay:
+            g = g.add(parameter, alpha=decay)
+        if rate:
+            momentum.mul_(rate).add_(g)
+            g = g.add(momentum, alpha=rate) if nesterov else momentum
+        parameter.add_(g, alpha=-lr)
+
+
+@triton.jit
+def _sgd_piece(
+    p_ptr, g_ptr, m_ptr, offs, count, rate_ptr, scale, NESTEROV: tl.constexpr, FULL: tl.constexpr
+):
+    """Step the values at `offs` of one parameter; a `FULL` piece needs no mask, which is wider."""
+    lr = tl.load(rate_ptr)
+    decay = tl.load(rate_ptr + 1)
+    rate = tl.load(rate_ptr + 2)
+    mask = None if FULL else offs < count
+    p = tl.load(p_ptr + offs, mask=mask)
+    g = scale * tl.load(g_ptr + offs, mask=mask).to(tl.float32)
+    m = tl.load(m_ptr + offs, mask=mask)
+    # Without decay, not even an infinite parameter reaches its gradient.
+    g = tl.where(decay != 0, g + decay * p, g)
+    if rate != 0:
+        m = rate * m + g
+        tl.store(m_ptr + offs, m, mask=mask)
+        g = g + rate * m if NESTEROV else m
+    tl.store(p_ptr + offs, p - lr * g, mask=mask)
+
+
+@triton.jit
+def _sgd_kernel(
+    address_ptr,
+    layout_ptr,
+    piece_ptr,
+    used_ptr,
+    rate_ptr,
+    coefficient_ptr,
+    GRADIENT: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step one piece of one parameter, where its pair is used and the gradient is finite."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(piece_ptr + 2 * program).to(tl.int64)
+    pair = tl.load(layout_ptr + 3 * tensor + 1)
+    scale = tl.load(coefficient_ptr)
+    moves = tl.load(used_ptr + tl.maximum(pair, 0)) != 0
+    # Neither NaN nor infinite.
+    if ((pair < 0) | moves) & (tl.abs(scale) < float("inf")):
+        first = tl.load(piece_ptr + 2 * program + 1)
+        count = tl.load(layout_ptr + 3 * tensor)
+        group = tl.load(layout_ptr + 3 * tensor + 2)
+        p_address = tl.load(address_ptr + 3 * tensor)
+        g_address = tl.load(address_ptr + 3 * tensor + 1)
+        m_address = tl.load(address_ptr + 3 * tensor + 2)
+        p_ptr = p_address.to(tl.pointer_type(tl.float32))
+        g_ptr = g_address.to(tl.pointer_type(GRADIENT))
+        m_ptr = m_address.to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            p_ptr = tl.multiple_of(p_ptr, 16)
+            g_ptr = tl.multiple_of(g_ptr, 16)
+            m_ptr = tl.multiple_of(m_ptr, 16)
+        first = tl.multiple_of(first, BLOCK)
+        rate_ptr += 3 * group
+        offs = first + tl.arange(0, BLOCK)
+        if first + BLOCK <= count:
+            _sgd_piece(p_ptr, g_ptr, m_ptr, offs, count, rate_ptr, scale, NESTEROV, True)
+        else:
+            _sgd_piece(p_ptr, g_ptr, m_ptr, offs, count, rate_ptr, scale, NESTEROV, False)
+
+
+_TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def _sgd_triton(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    addresses: Tensor,
+    layout: Tensor,
+    pieces: Tensor,
+    used: Tensor,
+    rates: Tensor,
+    coefficient: Tensor,
+    nesterov: bool,
+    aligned: bool,
+) -> None:
+    _sgd_kernel[(pieces.shape[0],)](
+        addresses,
+        layout,
+        pieces,
+        used,
+        rates,
+        coefficient,
+        GRADIENT=_TRITON_TYPES[gradients[0].dtype],
+        NESTEROV=nesterov,
+        ALIGNED=aligned,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    # Nothing else tells autograd that what it may have saved has changed.
+    torch.autograd.graph.increment_version([*parameters, *momenta])
+
+
+def _sgd_fake(*args) -> None:
+    return None
+
+
+_LIBRARY = torch.library.Library("fastshift", "FRAGMENT")
+_LIBRARY.define(
+    "sgd_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momenta, Tensor addresses, "
+    "Tensor layout, Tensor pieces, Tensor used, Tensor rates, Tensor coefficient, bool nesterov, "
+    "bool aligned) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.impl("sgd_step", sgd_step_ref, "CPU")
+_LIBRARY.impl("sgd_step", _sgd_triton, "CUDA")
+torch.library.register_fake("fastshift::sgd_step", _sgd_fake, lib=_LIBRARY)
+
+
+@torch.no_grad()
+def sgd_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    tables: SgdTables,
+    used: Tensor,
+    rates: Tensor,
+    coefficient: Tensor,
+    *,
+    nesterov: bool = False,
+) -> None:
+    """Make one update of the sampled parameters, in place.
+
+    Args:
+        parameters, gradients, momenta: those that `sgd_tables` was given, which stand where they
+            stood; on CUDA their places come from the tables alone.
+        tables: of these tensors.
+        used: of each pair of (block, choice), whether a candidate of the step uses it: `[U]` uint8.
+        rates: of each group, learning rate, weight decay and momentum: `[G, 3]` float32 (float64
+            of parameters of float64). Where its momentum is 0 a group's momenta stay untouched.
+        coefficient: `[1]`, of the type of `rates`, that every gradient is multiplied by; where it
+            is not finite nothing moves.
+        nesterov: use Nesterov's form.
+
+    Raises:
+        ValueError: a buffer is not as described.
+    """
+    wide = parameters[0].dtype
+    for name, buffer, dim, dtype in (
+        ("used", used, 1, torch.uint8),
+        ("rates", rates, 2, wide),
+        ("coefficient", coefficient, 1, wide),
+    ):
+        if buffer.dim() != dim or buffer.dtype is not dtype or not buffer.is_contiguous():
+            raise ValueError(
+                f"{name}: {tuple(buffer.shape)} of {buffer.dtype}; expected {dim} dimensions of "
+                f"{dtype}, contiguous"
+            )
+    if rates.shape[1] != 3 or coefficient.shape != (1,) or not used.numel():
+        raise ValueError(
+            f"used, rates, coefficient: {tuple(used.shape)}, {tuple(rates.shape)}, "
+            f"{tuple(coefficient.shape)}; expected [U], not empty, [G, 3] and [1]"
+        )
+    if wide is torch.float64 and parameters[0].device.type != "cpu":
+        raise ValueError(f"parameters: float64 on {parameters[0].device}; expected float32")
+    if len(parameters) != len(tables.addresses):
+        raise ValueError(
+            f"parameters: {len(parameters)}; expected {len(tables.addresses)}, as in the tables"
+        )
+    torch.ops.fastshift.sgd_step(
+        parameters,
+        gradients,
+        momenta,
+        tables.addresses,
+        tables.layout,
+        tables.pieces,
+        used,
+        rates,
+        coefficient,
+        nesterov,
+        tables.aligned,
+    )
+
+
+def catalogue(network: Network, dtype: str) -> Iterator[Case]:
+    """Yield the step of all parameters of a supernet, its gradients being of the type."""
+    shapes = [shape for shape, _ in network.parameters]
+    pairs = [pair for _, pair in network.parameters]
+    values = sum(math.prod(shape) for shape in shapes)
+    num_pairs = max(0, *pairs) + 1
+
+    def prepare(device: str) -> tuple:
+        make = Inputs(device)
+        parameters = [make.normal(*shape) for shape in shapes]
+        gradients = [make.normal(*shape, dtype=DTYPES[dtype]) for shape in shapes]
+        momenta = fresh_momenta(parameters)
+        tables = sgd_tables(parameters, gradients, momenta, pairs, [0] * len(shapes))
+        return (
+            *(parameters, gradients, momenta),
+            *(tables.addresses, tables.layout, tables.pieces),
+            make.given([1] * num_pairs, torch.uint8),
+            make.given([[0.1, 1e-4, 0.9]], torch.float32),
+            make.given([1.0], torch.float32),
+            True,
+            tables.aligned,
+        )
+
+    yield Case(
+        "sgd_step",
+        network.name,
+        dtype,
+        prepare,
+        _sgd_triton,
+        flops=4 * values,
+        read_bytes=values * (8 + DTYPES[dtype].itemsize),
+        written_bytes=8 * values,
+        launches=1,
+    )

@@ -1,0 +1,439 @@
+"""The static checks of the kernels: what is recorded, read, counted, and refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from gpu_static import counted_bytes
+from interpreter_memory import watch
+from kernel_sites import SITES, SMALL, layer_text, network
+from machine_code import CARDS, compile_launch, occupancy, read_code
+from static_checks import REGISTER_TOLERANCE, regressions, shortfalls
+from static_tables import tables
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastshift.cpu import block_of
+from fastshift.kernels.catalogue import DTYPES, Case, Inputs, cases, record
+from fastshift.levels import _text_of
+from fastshift.spaces import build
+from fastshift.supernet import Supernet
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, count, reach, step, nothing, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * step, mask=offs < reach, other=0.0)
+    tl.store(y_ptr + offs, x, mask=offs < count)
+
+
+def _copy(x, count=None, reach=None, step=1):
+    y = x.new_empty(x.shape)
+    count = len(x) if count is None else count
+    reach = count if reach is None else reach
+    _copy_kernel[(triton.cdiv(len(x), 8),)](x, y, count, reach, step, None, BLOCK=8, num_warps=1)
+    return y
+
+
+# What a launch is compiled for
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 16])
+@pytest.mark.parametrize("integers", [(1, 16, 3), (48, 0, 2**31), (-1, -16, 7)])
+def test_a_recorded_launch_is_what_triton_itself_would_compile(dtype, offset, integers):
+    x = torch.zeros(64, dtype=dtype)[offset:]
+    with record() as found:
+        _copy_kernel[(3,)](x, torch.zeros(8), *integers, None, BLOCK=8, num_warps=2, num_stages=1)
+    (launch,) = found.launches
+    kernel = JITFunction(_copy_kernel.fn)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(x, torch.zeros(8), *integers, None, BLOCK=8)
+    _, signature, constants, attrs = kernel._pack_args(backend, {}, bound, specialization, None)
+    assert launch.signature == signature
+    names = list(signature)
+    assert {(names.index(n),): v for n, v in launch.constexprs.items()} == constants
+    assert launch.attrs == {path: found for path, found in attrs.items() if found}
+    assert launch.grid == (3, 1, 1)
+    assert launch.options == {"num_warps": 2, "num_stages": 1}
+
+
+def test_a_recording_counts_pytorchs_kernels_and_the_memory_made():
+    with record() as found:
+        x = torch.empty(10, 10, device="meta")
+        view = x.t()[:5]
+        total = view.sum(dim=0)
+        total.add_(1)
+        torch.zeros(4, device="meta")
+        _copy(total)
+    assert [launch.name for launch in found.launches] == ["_copy_kernel"]
+    assert found.torch_launches == ["aten::sum", "aten::add_", "aten::zeros"]
+    assert found.allocated_bytes == 4 * (100 + 10 + 4 + 10)
+
+
+def test_launches_share_machine_code_where_types_constants_and_alignments_do():
+    def key(*args, **kwargs):
+        with record() as found:
+            _copy(*args, **kwargs)
+        return found.launches[0].key
+
+    x = torch.empty(64, device="meta")
+    assert key(x) == key(torch.empty(128, device="meta"))
+    for other in ((x[:63],), (x[1:],), (x.half(),), (x, 64, 64, 2)):
+        assert key(x) != key(*other)
+
+
+# Sites
+
+
+def test_every_level_of_a_space_has_its_shape_among_the_sites():
+    for site in (*SITES, SMALL):
+        space = build(site.space, image_size=site.image_size, num_classes=site.num_classes)
+        place = network(site)
+        texts = {layer_text(ops, space.affine) for ops in space.blocks}
+        assert {level.layer for level in place.levels} == texts
+        assert sum(torch.Size(shape).numel() for shape, _ in place.parameters) == sum(
+            p.numel() for p in Supernet(space).parameters()
+        )
+        pairs = [pair for _, pair in place.parameters]
+        assert min(pairs) == -1
+        assert max(pairs) < space.num_choices.sum()
+        for level in place.levels:
+            assert {parent < level.rows[0] for parent in level.parent} == {True}
+    assert [site.name for site in SITES] == [
+        "shufflenet_v2 224",
+        "shufflenet_v2 64",
+        "nasbench_macro 32",
+        "digits 8",
+    ]
+
+
+def test_a_sites_layer_is_the_text_that_the_supernets_own_modules_give():
+    supernet = Supernet(build("digits"))
+    for ops, block in zip(supernet.space.blocks, supernet.blocks, strict=True):
+        x = torch.zeros(1, ops[0].in_channels, 4, 4)
+        for op, module in zip(ops, block, strict=True):
+            if not op.is_identity:
+                found = block_of(module, x)
+                assert f"[{_text_of(found, found.parameters())}]" == layer_text((op,), True)
+
+
+def test_every_listed_case_prepares_what_its_launcher_takes():
+    place = network(SMALL)
+    for dtype in DTYPES:
+        found = list(cases(place, dtype))
+        assert len({case.name for case in found}) == len(found)
+        for case in found:
+            assert isinstance(case, Case)
+            arguments = case.prepare("meta")
+            with record() as recording:
+                case.launcher(*arguments)
+            assert recording.launches, case.name
+            assert len(recording.launches) + len(recording.torch_launches) <= case.launches
+
+
+# The machine code
+
+USAGE = (
+    "Resource usage:\n Common:\n  GLOBAL:0\n Function k:\n  REG:75 STACK:{} SHARED:1024 LOCAL:0\n"
+)
+LISTING = """
+.text.k:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.U16 R2, desc[UR4][R2.64] ;
+        /*0020*/               @P1 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/             @UP0  UTCHMMA gdesc[UR4], tmem[UR5] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R2, RZ ;
+        /*0050*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+"""
+
+
+def test_machine_code_is_read_for_registers_spills_widths_and_tensor_cores():
+    found = read_code(USAGE.format(0), LISTING)
+    assert found == {
+        "registers": 75,
+        "stack_bytes": 0,
+        "spills": 0,
+        "load_bytes": 16,
+        "store_bytes": 8,
+        "tensor": {"HMMA": 1, "UTCHMMA": 1},
+    }
+    spilled = LISTING + "        /*0060*/                   STL.64 [R1], R4 ;\n"
+    assert read_code(USAGE.format(8), spilled)["spills"] == 1
+    assert read_code(USAGE.format(8), spilled)["stack_bytes"] == 8
+    plain = "        /*0000*/                   FFMA R1, R2, R3, R4 ;\n"
+    found = read_code(USAGE.format(0), plain)
+    assert (found["load_bytes"], found["store_bytes"], found["tensor"]) == (0, 0, {})
+    for texts in (("", LISTING), (USAGE.format(0), "")):
+        with pytest.raises(ValueError, match=r"^usage, listing: "):
+            read_code(*texts)
+
+
+def test_occupancy_is_the_least_that_a_resource_admits():
+    assert occupancy(80, 32, 0, 4) == 1.0
+    assert occupancy(80, 255, 0, 4) == 8 / 64  # 65536 / (256 x 32) warps
+    assert occupancy(80, 33, 0, 4) == 48 / 64  # 40 registers: 51 warps, so 12 programs of four
+    assert occupancy(80, 32, 80 * 1024, 4) == 8 / 64  # two programs beside their reserve
+    assert occupancy(90, 32, 80 * 1024, 4) == 8 / 64
+    assert occupancy(90, 32, 74 * 1024, 4) == 12 / 64
+    assert occupancy(80, 16, 0, 1) == 32 / 64  # as many programs as there can be
+
+
+@interpreted
+def test_kernels_of_the_interpreter_are_not_compiled():
+    with record() as found:
+        _copy(torch.empty(8, device="meta"))
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_launch(found.launches[0], 90)
+
+
+# Targets and regressions
+
+
+def _code(**changes):
+    plain = {
+        "registers": 100,
+        "stack_bytes": 0,
+        "spills": 0,
+        "shared_bytes": 0,
+        "warps": 4,
+        "occupancy": 0.5,
+        "load_bytes": 16,
+        "store_bytes": 16,
+        "tensor": {"HMMA": 4},
+        "products": True,
+    }
+    return {**plain, **changes}
+
+
+def _record(code=None, counted=100, **changes):
+    case = {
+        "launches": ["k 1"],
+        "torch_launches": [],
+        "budget": 1,
+        "allocated_bytes": 10,
+        "read_bytes": 5,
+        "written_bytes": 5,
+        "intensity": 1.0,
+        "floor_us": {"90": 1.0},
+        "load_width": 16,
+        "store_width": 16,
+        "narrow": [],
+        "dot": True,
+    }
+    return {
+        "versions": {"triton": "1"},
+        "cards": {"90": "card"},
+        "kernels": {"k 1": {"90": code or _code()}},
+        "cases": {"op | site | bf16": {**case, **changes}},
+        "counted_at": "small",
+        "counted": {
+            "op | bf16": {
+                "loaded_bytes": counted,
+                "stored_bytes": 10,
+                "read_bytes": 90,
+                "written_bytes": 10,
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (_record(_code(spills=1)), "1 spills"),
+        (_record(_code(stack_bytes=8)), "8 bytes of stack"),
+        (_record(_code(tensor={})), "without tensor cores"),
+        (_record(_code(products=False)), "no kernel of it has a matrix product"),
+        (_record(_code(load_bytes=8)), "widest load 8 bytes, expected 16"),
+        (_record(_code(store_bytes=4)), "widest store 4 bytes, expected 16"),
+        (_record(launches=["k 1", "k 1"]), "2 launches, the budget is 1"),
+        (_record(torch_launches=["aten::sum"]), "2 launches, the budget is 1"),
+    ],
+)
+def test_a_missed_target_is_named(found, words):
+    lines = shortfalls(found)
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_what_meets_its_targets_passes():
+    assert shortfalls(_record()) == []
+    assert shortfalls(_record(_code(load_bytes=4, store_bytes=4), narrow=["k"])) == []
+    assert shortfalls(_record(_code(load_bytes=4), load_width=4)) == []
+    wide = _record(_code(tensor={}))
+    wide["cases"] = {"op | site | fp32": wide["cases"]["op | site | bf16"]}
+    assert shortfalls(wide) == []  # fp32 products of full precision have no tensor core
+    assert regressions(_record(), _record()) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (_record(_code(registers=100 + REGISTER_TOLERANCE + 1)), "109 registers, 100"),
+        (_record(_code(spills=2)), "2 spills where there were none"),
+        (_record(_code(load_bytes=8)), "load_bytes 8, 16"),
+        (_record(_code(store_bytes=8)), "store_bytes 8, 16"),
+        (_record(_code(tensor={})), "no tensor cores"),
+        (_record(launches=["k 1", "k 1"]), "2 launches, 1"),
+        (_record(torch_launches=["aten::sum"]), "2 launches, 1"),
+        (_record(allocated_bytes=11), "allocated_bytes 11, 10"),
+        (_record(counted=101), "loaded_bytes 101 under the interpreter, 100"),
+    ],
+)
+def test_a_regression_is_named_and_its_reverse_is_none(found, words):
+    lines = regressions(found, _record())
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert regressions(_record(), found) == []
+
+
+def test_registers_are_compared_between_equal_compilers_alone():
+    found = _record(_code(registers=200))
+    assert regressions(found, _record())
+    found["versions"]["triton"] = "2"
+    assert regressions(found, _record()) == []
+
+
+def test_what_is_new_or_gone_must_be_recorded():
+    found = _record()
+    found["cases"]["new | site | bf16"] = found["cases"]["op | site | bf16"]
+    assert regressions(found, _record()) == ["new | site | bf16: not in the record"]
+    (line,) = regressions(_record(), found)
+    assert "no longer listed" in line
+    assert regressions(_record(), found, partial=True) == []
+
+
+def test_the_tables_show_every_kernel_case_and_count():
+    text = "\n".join(tables(_record()))
+    for words in ("k 1", "HMMA:4", "op | site | bf16", ">= 1", "BOUND", "1.10x", "without caches"):
+        assert words in text
+    assert "no time was measured" in text
+
+
+def test_the_committed_record_holds_its_targets_and_every_listed_case():
+    found = json.loads(RECORD.read_text())
+    assert shortfalls(found) == []
+    assert regressions(found, copy.deepcopy(found)) == []
+    assert set(found["cards"]) == {str(capability) for capability in CARDS}
+    for codes in found["kernels"].values():
+        assert set(codes) == set(found["cards"])
+    listed = {
+        f"{case.name} | {case.site} | {dtype}"
+        for site in SITES
+        for dtype in DTYPES
+        for case in cases(network(site), dtype)
+    }
+    assert set(found["cases"]) == listed
+
+
+# Accesses under the interpreter
+
+
+@interpreted
+def test_bytes_are_counted_and_what_stays_inside_passes():
+    x = torch.randn(21)
+    with watch() as found:
+        y = _copy(x)
+    assert torch.equal(x, y)
+    assert (found.loaded_bytes, found.stored_bytes, found.programs) == (84, 84, 3)
+    assert found.violations == []
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"reach": 24}, "load of 3 lanes outside"),
+        ({"count": 24, "reach": 21}, "store of 3 lanes outside"),
+        ({"step": 2}, "load of 5 lanes outside"),
+        ({"step": -1}, "load of 7 lanes outside"),
+    ],
+)
+def test_a_wrong_kernel_is_caught_and_its_access_does_not_happen(wrong, words):
+    x = torch.randn(21)
+    with watch() as found:
+        _copy(x, **wrong)
+    assert found.violations
+    assert "_copy_kernel, program (" in found.violations[0]
+    assert words in found.violations[0]
+
+
+@interpreted
+def test_an_access_that_runs_into_another_tensor_is_caught():
+    whole = torch.zeros(64)
+    x = whole[:16].clone()
+    distance = (whole.data_ptr() - x.data_ptr()) // 4
+    with watch() as found:
+        _copy_kernel[(1,)](x, torch.empty(8), 2, 2, distance, whole, BLOCK=8)
+    (line,) = found.violations
+    assert "load of 2 lanes across several tensors" in line
+
+
+@interpreted
+def test_tensors_reached_by_address_are_named_apart():
+    @triton.jit
+    def follow_kernel(table_ptr, y_ptr):
+        x_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
+        tl.store(y_ptr, tl.load(x_ptr))
+
+    x, y = torch.tensor([3.0]), torch.zeros(1)
+    table = torch.tensor([x.data_ptr()])
+    with watch() as found:
+        follow_kernel[(1,)](table, y)
+    assert len(found.violations) == 1
+    assert y.item() == 0
+    with watch(also=[x]) as found:
+        follow_kernel[(1,)](table, y)
+    assert found.violations == []
+    assert y.item() == 3
+
+
+@interpreted
+def test_no_listed_kernel_leaves_its_tensors_at_the_small_shapes():
+    counts = counted_bytes("bf16")
+    assert counts
+    for name, count in counts.items():
+        assert count["loaded_bytes"] > 0, name
+        assert count["stored_bytes"] >= count["written_bytes"], name
+
+
+@pytest.mark.slow
+def test_the_program_compiles_reads_and_counts_without_a_gpu(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_static.py")]
+    only = ["--only", r"^(candidate_loss|sgd_step) \| digits 8 \| bf16", "--json"]
+    done = subprocess.run(
+        [*command, *only, str(tmp_path / "found.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["cases"]) == 2
+    assert all(set(codes) == {"80", "90", "100"} for codes in found["kernels"].values())
+    assert set(found["counted"]) == {"candidate_loss | bf16", "sgd_step | bf16"}
+
+
+def test_inputs_are_seeded_and_have_no_values_on_meta():
+    first, second = (Inputs("cpu").normal(3, 4) for _ in range(2))
+    assert torch.equal(first, second)
+    assert Inputs("meta").normal(3, 4, dtype=torch.bfloat16).device.type == "meta"
+    assert Inputs("cpu").integers(2, 5, 100).unique().tolist() == [2, 3, 4]

@@ -1,0 +1,419 @@
+"""Inference of a population layer by Triton: its kernel is the reference, whatever the nodes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from fastshift import _operators_ref
+from fastshift.kernels import infer as kernels
+from fastshift.kernels.infer_plan import plan_infer
+from fastshift.ops import (
+    Frame,
+    Op,
+    Unit,
+    conv,
+    identity,
+    inverted_residual,
+    projection,
+    shuffle_unit,
+    shuffle_xception,
+)
+from fastshift.population_layer import (
+    LayerOp,
+    LayerUnit,
+    describe_layer,
+    describe_op,
+    parse_layer,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cpu" is Triton's interpreter
+# Of the error relative to float64: fine if twice the reference's own, or below these.
+FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _op(units, frame, stride=1, shortcut=()):
+    """An op of (kind, in, out, kernel, stride, activation), its channels from its units'."""
+    units, shortcut = (tuple(Unit(*u) for u in chain) for chain in (units, shortcut))
+    c_in, c_out = units[0].in_channels, units[-1].out_channels
+    return Op("op", c_in, c_out, stride, units, Frame(frame, shortcut))
+
+
+def _rare(c, kernel=3):
+    """What the ready-made spaces have not: other ends of chains, dense ones, other shortcuts."""
+    wide = ("pointwise", c, 2 * c, 1, 1, None)
+    return [
+        _op([wide, ("depthwise", 2 * c, 2 * c, 3, 2)], "plain", 2),
+        _op([("depthwise", c, c, kernel, 2), ("depthwise", c, c, 3, 1, None), wide], "plain", 2),
+        _op(
+            [("depthwise", c, c, 3, 2), wide],
+            "residual",
+            2,
+            [("dense", c, c, 3, 2), ("depthwise", c, c, 3), wide],
+        ),
+        _op([("dense", c, 2 * c, 3, 2)], "residual", 2, [("pointwise", c, 2 * c, 1, 2, None)]),
+    ]
+
+
+OPS = {
+    "s1": lambda c, kernel=3: [
+        identity(c),
+        inverted_residual(c, c, 1, 3, kernel),
+        shuffle_unit(c, c, 1, 3),
+        conv(c, c, 3, 1),
+        shuffle_xception(c, c, 1),
+    ],
+    "s2": lambda c, kernel=3: [
+        projection(c, 2 * c, 2),
+        inverted_residual(c, 2 * c, 2, 3, 3),
+        shuffle_unit(c, 2 * c, 2, kernel),
+        shuffle_xception(c, 2 * c, 2),
+        _op(
+            [("depthwise", c, c, 3, 2), ("pointwise", c, 2 * c, 1, 1, None)],
+            "residual",
+            2,
+            [("pointwise", c, 2 * c, 1, 2, None)],
+        ),
+    ],
+    "rare": _rare,
+    "end_in_depthwise": lambda c, kernel=3: [
+        _op([("pointwise", c, c), ("depthwise", c, c, kernel, 1, None)], "residual"),
+        Op(
+            "shuffle",
+            c,
+            c,
+            1,
+            (Unit("depthwise", c // 2, c // 2, 3), Unit("depthwise", c // 2, c // 2, 3)),
+            Frame("shuffle"),
+        ),
+    ],
+}
+LAUNCHES = {"s1": 3, "s2": 3, "rare": 3, "end_in_depthwise": 2}
+SHAPES = {"easy": (2, 8, 4, 4), "odd": (3, 6, 5, 3), "tiny": (2, 4, 1, 1)}  # N, C, H, W
+KERNELS = {"easy": 5, "odd": 7, "tiny": 3}  # the largest depthwise one
+EVERY_CHOICE = (2, (1, 0, 0, 1, 1), (4, 3, 2, 1, 0))  # rows above; parent, choice of each node
+
+
+def _layer(ops, affine=True):
+    """A described layer, no two units of which have one epsilon."""
+    eps = iter(range(1, 100))
+
+    def unit_of(unit):
+        sizes = (unit.in_channels, unit.out_channels, unit.kernel, unit.stride)
+        relu = unit.activation == "relu"
+        own = (unit.kind == "depthwise", *sizes, relu, next(eps) * 1e-3)
+        return LayerUnit(*own, affine, affine)
+
+    def op_of(op):
+        if op.is_identity:
+            return None
+        units = tuple(unit_of(unit) for unit in (*op.units, *op.frame.shortcut))
+        return LayerOp(units, len(op.units), op.frame.kind)
+
+    return parse_layer(describe_layer(describe_op(op_of(op)) for op in ops))
+
+
+class _Case:
+    """A layer, rows, nodes, parameters and moments."""
+
+    def __init__(self, ops, shape, population=EVERY_CHOICE, dtype=torch.float32, affine=True):
+        n, c, h, w = shape
+        generator = torch.Generator().manual_seed(0)
+        self.layer = _layer(ops, affine)
+        num_rows, parent, choice = population
+        self.rows = torch.randn(num_rows, n, h, w, c, generator=generator).to(DEVICE, dtype)
+        self.parent = torch.tensor(parent, dtype=torch.int32, device=DEVICE)
+        choice = [index % len(ops) if index >= 0 else index for index in choice]
+        self.choice = torch.tensor(choice, dtype=torch.int32, device=DEVICE)
+        self.parameters = []
+        for size in self.layer.shapes:
+            scale = math.sqrt(2 / math.prod(size[1:])) if len(size) > 1 else 1.0
+            self.parameters.append((torch.randn(size, generator=generator) * scale).to(DEVICE))
+        size = (len(choice), self.layer.moments_floats)
+        variance = torch.rand(size, generator=generator) + 0.5
+        # Means and variances take turns; a mean may be negative, a variance not.
+        self.moments = (variance * torch.rand(size, generator=generator)).to(DEVICE) + 0.1
+        self.shape = self.layer.output_shape(h, w, c)
+
+    def run(self, **given):
+        own = {n: given.get(n, getattr(self, n)) for n in ("rows", "parent", "choice")}
+        parameters = given.get("parameters", self.parameters)
+        moments = given.get("moments", self.moments)
+        return kernels.infer(*own.values(), parameters, moments, self.layer, self.shape)
+
+    def reference(self, dtype=None):
+        """Rows of the nodes that are there, in a type, or the rows' with wider parameters."""
+        there = self.choice >= 0
+        rows, wide = (self.rows.to(dtype), dtype) if dtype else (self.rows, torch.float32)
+        return _operators_ref.infer(
+            rows,
+            self.parent[there].tolist(),
+            self.choice[there].tolist(),
+            [p.to(wide) for p in self.parameters],
+            self.moments[there].to(wide),
+            self.layer,
+        )
+
+    def assert_accurate(self, found):
+        """Node by node."""
+        assert found.dtype is self.rows.dtype
+        assert found.shape == (len(self.choice), self.rows.shape[1], *self.shape)
+        floor = FLOORS[self.rows.dtype]
+        there = (self.choice >= 0).nonzero()[:, 0].tolist()
+        exact, plain = self.reference(torch.float64), self.reference()
+        for node, right, own in zip(there, exact, plain, strict=True):
+            error, bound = (float((y.double() - right).norm()) for y in (found[node], own))
+            limit = max(2 * bound, floor * float(right.norm()))
+            choice = int(self.choice[node])
+            assert error <= limit, f"node {node}, choice {choice}: {error:.3g} > {limit:.3g}"
+
+
+def _cast(builder, source, target):
+    """Round float32 to bfloat16 as devices do."""
+    bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
+    return interpreter.TensorHandle(bits.numpy(), target.scalar)
+
+
+@pytest.fixture(autouse=True)
+def rounds_to_nearest(monkeypatch):
+    """Let the interpreter round to bfloat16; of itself (Triton 3.8) it cuts off."""
+    plain = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(builder, source, target):
+        narrows = source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16
+        return (_cast if narrows else plain)(builder, source, target)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+
+
+class _Poisoned:
+    """`torch`, but its `empty` gives NaN."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*size, **options):
+        return torch.empty(*size, **options).fill_(torch.nan)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan(monkeypatch):
+    monkeypatch.setattr(kernels, "torch", _Poisoned())
+
+
+BY_NAME = pytest.mark.parametrize("name", OPS)
+BY_DTYPE = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+
+
+# Every choice, frame, stride and type against the reference in float64
+
+
+def _assert_every_choice_is_accurate(name, size):
+    shape = SHAPES[size]
+    case = _Case(OPS[name](shape[1], KERNELS[size]), shape)
+    case.assert_accurate(case.run())
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("name", ["s1", "s2"])
+def test_every_choice_is_as_accurate_as_the_reference(name, size):
+    _assert_every_choice_is_accurate(name, size)
+
+
+@pytest.mark.parametrize("name", ["rare", "end_in_depthwise"])
+def test_chains_that_no_ready_made_space_has(name):
+    _assert_every_choice_is_accurate(name, "odd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["easy", "tiny"])
+@pytest.mark.parametrize("name", ["rare", "end_in_depthwise"])
+def test_chains_that_no_ready_made_space_has_at_other_sizes(name, size):
+    _assert_every_choice_is_accurate(name, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("s1", torch.bfloat16), ("s2", torch.bfloat16), ("s1", torch.float16)]
+)
+def test_narrow_rows_are_as_accurate_as_their_type(name, dtype):
+    case = _Case(OPS[name](6), SHAPES["odd"], dtype=dtype)
+    case.assert_accurate(case.run())
+
+
+def test_several_tiles_of_positions_output_channels_and_input_channels(monkeypatch):
+    monkeypatch.setattr(kernels, "block_sizes", lambda *_: kernels.Blocks(16, 16, 16, 4))
+    ops = [inverted_residual(20, 20, 1, 1, 3), shuffle_unit(20, 20, 1, 3, mid=18), identity(20)]
+    case = _Case(ops, (3, 20, 3, 3), (1, (0, 0, 0), (0, 1, 2)))
+    case.assert_accurate(case.run())
+
+
+def test_batch_norms_without_scale_and_shift():
+    case = _Case([shuffle_unit(4, 8, 2, 3)], SHAPES["tiny"], (1, (0,), (0,)), affine=False)
+    case.assert_accurate(case.run())
+
+
+def test_a_mean_far_from_zero_costs_no_more_digits_than_the_references():
+    case = _Case([projection(16, 8, 1)], (4, 16, 3, 3), (1, (0,), (0,)))
+    case.rows += 100.0
+    raw = case.rows[0].double() @ case.parameters[0].double()[:, :, 0, 0].T
+    mean, variance = raw.mean((0, 1, 2)), raw.var((0, 1, 2))
+    assert float((mean.abs() / variance.sqrt()).median()) > 10
+    case.moments = torch.cat((mean, variance)).float()[None]
+    case.assert_accurate(case.run())
+
+
+def test_a_nan_stays_one_through_activations():
+    case = _Case([inverted_residual(4, 4, 1, 2, 3)], SHAPES["tiny"], (1, (0,), (0,)))
+    case.rows[0, 1] = torch.nan
+    found = case.run()
+    assert found[0, 1].isnan().all()
+    assert not found[0, 0].isnan().any()
+
+
+@pytest.mark.slow
+@BY_NAME
+@BY_DTYPE
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("shape", [(5, 12, 7, 6), (1, 16, 9, 1)], ids=["5x12x7x6", "1x16x9x1"])
+def test_larger_rows_of_every_type(name, dtype, affine, shape):
+    population = (3, (2, 2, 0, 0, 1, 2), (0, 1, 2, 3, 4, 1))
+    case = _Case(OPS[name](shape[1], 5), shape, population, dtype, affine)
+    case.assert_accurate(case.run())
+
+
+# What does not change a node
+
+
+def test_a_padding_node_is_not_written_and_disturbs_no_other():
+    population = (2, (0, 1, 0, 1, 0), (1, -1, 4, -1, 0))
+    case = _Case(OPS["s1"](4), SHAPES["tiny"], population)
+    found = case.run()
+    assert found[[1, 3]].isnan().all()
+    case.assert_accurate(found)
+
+
+def test_results_repeat_to_the_bit_whatever_stands_beside_a_node():
+    ops = [identity(6), inverted_residual(6, 6, 1, 2, 3), shuffle_unit(6, 6, 1, 3)]
+    case = _Case(ops, SHAPES["odd"])
+    found = case.run()
+    order = [3, 1, 4]
+    again = case.run(
+        parent=case.parent[order], choice=case.choice[order], moments=case.moments[order]
+    )
+    assert torch.equal(found[order], again)
+
+
+def test_an_identity_is_a_copy_and_even_channels_pass_to_the_bit():
+    case = _Case(OPS["s1"](6), SHAPES["odd"], (2, (1, 0), (0, 2)), torch.bfloat16)
+    found = case.run()
+    assert torch.equal(found[0], case.rows[1])
+    assert found.data_ptr() != case.rows.data_ptr()
+    assert torch.equal(found[1, ..., :3], case.rows[0, ..., ::2])
+
+
+def test_memory_of_any_stride_is_read():
+    ops = [projection(4, 8, 2), shuffle_unit(4, 8, 2, 3)]
+    case = _Case(ops, SHAPES["tiny"], (2, (1, 0, 1), (1, 0, 1)))
+    found = case.run()
+    channels_first = case.rows.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)
+    aside = torch.zeros(len(case.choice), 2, dtype=torch.int32, device=DEVICE)
+    aside[:, 1] = case.choice
+    # A parameter that begins at no multiple of 16 bytes.
+    moved = [torch.cat((p.new_zeros(1), p.flatten()))[1:].view(p.shape) for p in case.parameters]
+    wide = torch.cat((case.moments, case.moments), dim=1)[:, : case.moments.shape[1]]
+    again = case.run(rows=channels_first, choice=aside[:, 1], moments=wide, parameters=moved)
+    assert torch.equal(found, again)
+
+
+def test_no_nodes_and_no_images_give_empty_rows():
+    case = _Case(OPS["s2"](4), SHAPES["tiny"])
+    none = case.run(parent=case.parent[:0], choice=case.choice[:0], moments=case.moments[:0])
+    assert none.shape == (0, 2, 1, 1, 8)
+    assert case.run(rows=case.rows[:, :0]).shape == (5, 0, 1, 1, 8)
+
+
+# Launches
+
+
+class _Recorder:
+    """Notes launches in the kernel's place."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append((grid, arguments, constants))
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    found = _Recorder()
+    monkeypatch.setattr(kernels, "infer_kernel", found)
+    return found
+
+
+@BY_NAME
+@pytest.mark.parametrize("nodes", [1, 500])
+def test_a_level_takes_as_many_launches_as_its_longest_chain_has_products(name, nodes, recorder):
+    population = (2, (1,) * nodes, tuple(range(nodes)))
+    case = _Case(OPS[name](4), SHAPES["tiny"], population)
+    case.run()
+    assert len(recorder.launches) == LAUNCHES[name]
+
+
+def test_without_an_xception_a_level_takes_two_launches(recorder):
+    kinds = [identity(8), inverted_residual(8, 8, 1, 6, 5), shuffle_unit(8, 8, 1, 7)]
+    _Case(kinds, SHAPES["easy"]).run()
+    assert len(recorder.launches) == 2
+    recorder.launches.clear()
+    stem = [projection(8, 16, 2), inverted_residual(8, 16, 2, 3, 3), shuffle_unit(8, 16, 2, 5)]
+    _Case(stem, SHAPES["easy"]).run()
+    assert len(recorder.launches) == 2
+
+
+def test_launches_of_two_populations_differ_in_device_buffers_alone(recorder):
+    case = _Case(OPS["s1"](4), SHAPES["tiny"])
+    case.run()
+    case.parent.copy_(torch.tensor([0, 0, 0, 1, 0]))
+    case.choice.copy_(torch.tensor([-1, 2, 2, 0, 4]))
+    case.run()
+    first, second = recorder.launches[:3], recorder.launches[3:]
+    for (grid, arguments, constants), (again, others, same) in zip(first, second, strict=True):
+        assert grid == again
+        assert constants == same
+        for one, other in zip(arguments, others, strict=True):
+            if isinstance(one, torch.Tensor):
+                assert one.shape == other.shape
+            else:
+                assert one == other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("channels", [4, 24, 160, 640])
+def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype):
+    layer = _layer(OPS["s2"](channels))
+    plan = plan_infer(layer, 150, 28, 28, channels)
+    for step in plan.steps:
+        blocks = kernels.block_sizes(step, 150, dtype.itemsize, dtype is not torch.float32)
+        for size in (blocks.positions, blocks.channels, blocks.depth, blocks.warps):
+            assert size == triton.next_power_of_2(size)
+        assert min(blocks.positions, blocks.channels, blocks.depth) >= 16
+        assert blocks.positions * blocks.channels <= 32 * 32 * blocks.warps
+        assert blocks.positions * blocks.depth <= 16 * 32 * blocks.warps
+        assert blocks.warps <= 16
+
+
+def test_rows_beyond_the_offsets_are_refused():
+    layer = _layer([projection(1024, 1024, 1)])
+    with pytest.raises(ValueError, match="rows: 268435456 elements"):
+        plan_infer(layer, 1, 512, 512, 1024)
+    with pytest.raises(ValueError, match="rows: 1073741824 positions"):
+        plan_infer(layer, 65536, 128, 128, 1024)
