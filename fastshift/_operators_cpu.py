@@ -18,8 +18,9 @@ from fastshift import cpu
 from fastshift._native import cpu as _cpu
 from fastshift.population_layer import LayerOp, PopulationLayer
 
-__all__ = ["backward", "has", "infer", "saved_floats", "train"]
+__all__ = ["DTYPES", "backward", "has", "infer", "saved_floats", "train"]
 
+DTYPES = (torch.float32, torch.bfloat16)
 LINE = 16  # floats: where a node's saved values begin, a multiple of it from the first
 FLOAT = 4  # bytes
 
@@ -153,6 +154,9 @@ def infer(
     moments = moments.float().contiguous()
     out = _empty(call.shape, rows.dtype)
     for node, (source, index) in enumerate(zip(call.parent, call.choice, strict=True)):
+        if index < 0:
+            out[node].zero_()
+            continue
         core = call.cores[index]
         if core is None:
             out[node].copy_(call.rows[source])
@@ -195,6 +199,9 @@ def train(
     saved = cpu._memory(call.shape[0] * floats if keep else 0)
     kept = 0
     for node, (source, index) in enumerate(zip(call.parent, call.choice, strict=True)):
+        if index < 0:
+            out[node].zero_()
+            continue
         core = call.cores[index]
         if core is None:
             out[node].copy_(call.rows[source])
@@ -234,6 +241,8 @@ def backward(
     sizes = _saved(layer, call.images, call.bf16)
     kept = 0
     for node, (source, index) in enumerate(zip(call.parent, call.choice, strict=True)):
+        if index < 0:
+            continue
         core = call.cores[index]
         if core is None:
             if needs[0]:

@@ -1,9 +1,9 @@
 """The population layer in plain PyTorch: its definition, on any device and in any floating type.
 
 Read it, and test against it. Rows are `[R, N, H, W, C]`; a node is its candidate op applied to its
-parent's row, an identity a copy of it. Arguments and results are those of `fastshift.operators`,
-with the nodes' buffers and the layer's text read. Rows of a narrower type than the parameters' are
-computed in theirs and rounded at the end.
+parent's row, an identity a copy of it, padding zeros. Arguments and results are those of
+`fastshift.operators`, with the nodes' buffers and the layer's text read. Rows of a narrower type
+than the parameters' are computed in theirs and rounded at the end.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ def infer(
     """Apply the layer with batch norms that normalise by given moments."""
     out = []
     for node, (source, index) in enumerate(zip(parent, choice, strict=True)):
+        if index < 0:
+            out.append(rows.new_zeros(rows.shape[1], *layer.output_shape(*rows.shape[2:])))
+            continue
         op = layer.ops[index]
         if op is None:
             out.append(rows[source])
@@ -79,6 +82,9 @@ def train(
     wide = wide_type(rows, parameters)
     statistics = rows.new_zeros(len(choice), layer.statistics_floats, dtype=wide)
     for node, (source, index) in enumerate(zip(parent, choice, strict=True)):
+        if index < 0:
+            out.append(rows.new_zeros(rows.shape[1], *layer.output_shape(*rows.shape[2:])))
+            continue
         op = layer.ops[index]
         if op is None:
             out.append(rows[source])
@@ -107,6 +113,8 @@ def backward(
     d_rows = torch.zeros_like(rows, dtype=wide)
     gradients = [torch.zeros_like(p) for p in parameters]
     for node, (source, index) in enumerate(zip(parent, choice, strict=True)):
+        if index < 0:
+            continue
         op = layer.ops[index]
         if op is None:
             d_rows[source] += d_out[node]

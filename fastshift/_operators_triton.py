@@ -12,10 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastshift.kernels.addresses import plain
 from fastshift.kernels.plan import plan_layer
 from fastshift.population_layer import PopulationLayer
 
-__all__ = ["DTYPES", "backward", "has", "saved_floats", "train"]
+__all__ = ["DTYPES", "backward", "has", "infer", "saved_floats", "train"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_KERNEL = 7  # of a depthwise convolution, whose weight's gradient a program holds
@@ -40,6 +41,22 @@ def saved_floats(
     return plan_layer(layer, *images, channels).kept_elements * dtype.itemsize // 4
 
 
+def infer(
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    moments: Tensor,
+    layer: PopulationLayer,
+) -> Tensor:
+    """Apply the layer with batch norms that normalise by given moments."""
+    from fastshift.kernels import infer as kernels
+
+    shape = layer.output_shape(*map(int, rows.shape[2:]))
+    given = [p.contiguous() for p in parameters]
+    return kernels.infer(rows, parent, choice, given, moments, layer, shape)
+
+
 def train(
     rows: Tensor,
     parent: Tensor,
@@ -52,8 +69,7 @@ def train(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    given = [p.contiguous() for p in parameters]
-    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep)
+    return kernels.train(rows.contiguous(), parent, choice, plain(parameters), plan, keep)
 
 
 def backward(
@@ -71,13 +87,12 @@ def backward(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    given = [p.contiguous() for p in parameters]
     d_rows, gradients = kernels.backward(
         d_out.contiguous(),
         rows.contiguous(),
         parent,
         choice,
-        given,
+        plain(parameters),
         statistics.contiguous(),
         saved,
         plan,

@@ -11,6 +11,7 @@ import operator
 import os
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -22,13 +23,14 @@ from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 
 __all__ = [
-    "BACKENDS",
     "CpuBlock",
     "CpuHead",
     "backend",
+    "backends",
     "block_of",
     "instruction_set",
     "instruction_sets",
+    "is_interpreted",
     "release_memory",
     "row_dtype",
 ]
@@ -63,16 +65,31 @@ def _instruction_set(wanted: str) -> str:
     )
 
 
-# What may compute a population layer, and why it cannot run; None for what can.
-BACKENDS: dict[str, str | None] = {
-    "reference": None,
-    "cpu": None,
-    "triton": "its CUDA kernels are not part of this version",
-}
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def backends() -> dict[str, str | None]:
+    """What may compute a population layer, and why it cannot run here; None for what can."""
+    return {name: _reason(name) for name in BACKENDS}
+
+
+def _reason(name: str) -> str | None:
+    if name != "triton":
+        return None
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not is_interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1, for tests without one, is not set"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
 
 
 def backend() -> str:
-    """What computes population layers: `FASTSHIFT_BACKEND`, or `cpu`.
+    """What computes population layers of rows on a CPU: `FASTSHIFT_BACKEND`, or `cpu`.
 
     Raises:
         ConfigError: the one asked for is unknown or cannot run here.
@@ -81,8 +98,9 @@ def backend() -> str:
     if name not in BACKENDS:
         known = ", ".join(BACKENDS)
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
-    if BACKENDS[name] is not None:
-        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {BACKENDS[name]}")
+    reason = _reason(name)
+    if reason is not None:
+        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {reason}")
     return name
 
 

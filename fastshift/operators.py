@@ -5,9 +5,11 @@ the level above, one for each distinct parent, channels innermost (`[R, N, H, W,
 of `M` nodes its `parent` and its `choice`, and give the nodes' rows. Choices are read from their
 buffers: a compiled function serves every population of its size.
 
-Each has the plain reference (`_operators_ref`), which any device and floating type may use, and the
-compiled kernels (`_operators_cpu`); `implementation` chooses. A CUDA kernel is one more entry there
-and one more `_LIBRARY.impl(name, kernel, "CUDA")`.
+Each has the plain reference (`_operators_ref`), which any device and floating type may use, the
+compiled kernels for CPUs (`_operators_cpu`) and the Triton kernels for CUDA devices
+(`_operators_triton`); `implementation` chooses. A choice below 0 is padding, the unused capacity of
+a buffer: such a node has no parent, gets no row (zeros on a CPU, on a CUDA device whatever its
+memory holds) and zeros for statistics, and contributes no gradient.
 
 They are registered by `torch.library.Library` and not by its decorator `custom_op`, whose wrappers
 load torch._dynamo at the first call (2.4 s) and take a list of 36 tensors apart again and again
@@ -17,37 +19,67 @@ load torch._dynamo at the first call (2.4 s) and take a list of 36 tensors apart
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastshift import _operators_cpu, _operators_ref
-from fastshift.cpu import backend
+from fastshift import _operators_cpu, _operators_ref, _operators_triton
+from fastshift.cpu import backend, backends, is_interpreted
+from fastshift.errors import ConfigError
 from fastshift.population_layer import PopulationLayer, parse_layer
 
-_KERNELS = {"reference": _operators_ref, "cpu": _operators_cpu}
+_KERNELS = {"reference": _operators_ref, "cpu": _operators_cpu, "triton": _operators_triton}
 
 __all__ = ["implementation", "layer_backward", "layer_infer", "layer_train"]
 
 
 def implementation(layer: PopulationLayer, rows: Tensor, parameters: Sequence[Tensor]) -> str:
-    """What computes a layer of such rows: `cpu`, the compiled kernels, or `reference`.
+    """What computes a layer of such rows: `cpu`, `triton` or `reference`.
 
-    `FASTSHIFT_BACKEND=reference` forces the reference (under it a supernet, which calls its own
-    modules, does not come here); the kernels are for rows of float32 or bfloat16 and parameters of
-    float32, on CPUs.
+    On a CPU these are the compiled kernels, for rows of float32 or bfloat16; on a CUDA device the
+    Triton kernels, for those and float16, where Triton is installed. Parameters are float32. The
+    reference has all else, and all where `FASTSHIFT_BACKEND=reference` says so (under it a
+    supernet, which calls its own modules, does not come here). `FASTSHIFT_BACKEND=triton` has the
+    Triton kernels take rows on a CPU, which `TRITON_INTERPRET=1` allows; `cpu` keeps them from
+    those on a CUDA device.
+
+    Raises:
+        ConfigError: the one asked for is unknown or cannot run here.
     """
-    if (
-        rows.device.type == "cpu"
-        and rows.dtype in (torch.float32, torch.bfloat16)
-        and all(parameter.dtype is torch.float32 for parameter in parameters)
-        and backend() == "cpu"
-        and _operators_cpu.has(layer)
+    wanted = _wanted(rows)
+    kernels = _KERNELS[wanted]
+    if wanted != "reference" and (
+        rows.dtype not in kernels.DTYPES
+        or any(parameter.dtype is not torch.float32 for parameter in parameters)
+        or not kernels.has(layer)
     ):
-        return "cpu"
-    return "reference"
+        return "reference"
+    return wanted
+
+
+def _wanted(rows: Tensor) -> str:
+    """What would compute such rows if it had their type and their layer."""
+    if rows.device.type == "cpu":
+        name = backend()
+        if name == "triton" and not is_interpreted():
+            raise ConfigError(
+                "FASTSHIFT_BACKEND: 'triton' cannot run: rows are on a CPU, and "
+                "TRITON_INTERPRET=1, for tests without a GPU, is not set"
+            )
+        return name
+    asked = os.environ.get("FASTSHIFT_BACKEND")
+    can = rows.device.type == "cuda" and _has_triton() and asked not in ("reference", "cpu")
+    return "triton" if can else "reference"
+
+
+@cache
+def _has_triton() -> bool:
+    return backends()["triton"] is None
 
 
 def layer_infer(
@@ -65,7 +97,9 @@ def layer_infer(
     Args:
         rows: of the level above, `[R, N, H, W, C]`, in the parameters' type or a narrower one.
         parent: index into `rows` of each node, `[M]` int32.
-        choice: candidate op of each node, `[M]` int32.
+        choice: candidate op of each node, `[M]` int32; below 0 for padding. Values out of range
+            are refused on a CPU; on a CUDA device, where reading them would be waiting for it,
+            they are not noticed.
         parameters: of all choices, in order: weight, and scale and shift where there are any, of
             each unit, the main chain's and then the shortcut's.
         moments: of each node, `[M, K]`, in the parameters' type: mean and variance, `[C]` each, of
@@ -171,21 +205,46 @@ def _nodes(
     described: PopulationLayer, rows: Tensor, parent: Tensor, choice: Tensor
 ) -> tuple[list[int], list[int]]:
     """The nodes' parents and choices, where none is outside of what is there."""
-    found = parent.tolist(), choice.tolist()
-    limits = rows.shape[0], len(described.ops)
-    for name, values, limit in zip(("parent", "choice"), found, limits, strict=True):
-        if values and (min(values) < 0 or max(values) >= limit):
-            raise ValueError(f"{name}: {values}; expected values from 0, below {limit}")
-    return found
+    sources, choices = parent.tolist(), choice.tolist()
+    limit = len(described.ops)
+    if choices and max(choices) >= limit:
+        raise ValueError(f"choice: {choices}; expected values below {limit}")
+    limit = rows.shape[0]
+    if any(not 0 <= s < limit for s, c in zip(sources, choices, strict=True) if c >= 0):
+        raise ValueError(f"parent: {sources}; expected values from 0, below {limit}")
+    return sources, choices
+
+
+def _buffers(rows: Tensor, parent: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """The nodes' buffers for the kernels that read them: their values are not looked at here."""
+    for name, values in (("parent", parent), ("choice", choice)):
+        if values.dtype is not torch.int32 or values.device != rows.device:
+            raise ValueError(
+                f"{name}: {values.dtype} on {values.device}; expected int32 on {rows.device}"
+            )
+    return parent.contiguous(), choice.contiguous()
+
+
+def _kernels(
+    described: PopulationLayer,
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+) -> tuple[ModuleType, tuple]:
+    """The implementation, and the nodes as it takes them."""
+    name = implementation(described, rows, parameters)
+    if name == "triton":
+        return _operators_triton, _buffers(rows, parent, choice)
+    return _KERNELS[name], _nodes(described, rows, parent, choice)
 
 
 def _infer(rows, parent, choice, parameters, moments, layer):
     described = _checked(rows, parent, choice, parameters, layer)
-    nodes = _nodes(described, rows, parent, choice)
-    expected = (len(nodes[1]), described.moments_floats)
+    expected = (choice.shape[0], described.moments_floats)
     if moments.shape != expected:
         raise ValueError(f"moments: shape {tuple(moments.shape)}; expected {expected}")
-    run = _KERNELS[implementation(described, rows, parameters)]
+    run, nodes = _kernels(described, rows, parent, choice, parameters)
     return run.infer(rows, *nodes, parameters, moments, described)
 
 
@@ -196,11 +255,10 @@ def _infer_fake(rows, parent, choice, parameters, moments, layer):
 
 def _train(rows, parent, choice, parameters, layer, keep=True):
     described = _checked(rows, parent, choice, parameters, layer)
-    nodes = _nodes(described, rows, parent, choice)
+    run, nodes = _kernels(described, rows, parent, choice, parameters)
     _, images, height, width, channels = rows.shape
     if images * math.prod(described.output_shape(height, width, channels)[:2]) < 2:
         raise ValueError(f"rows: {tuple(rows.shape)}; expected two values a channel at least")
-    run = _KERNELS[implementation(described, rows, parameters)]
     return run.train(rows, *nodes, parameters, described, keep)
 
 
@@ -228,21 +286,20 @@ def _saved_floats(
 
 def _backward(d_out, rows, parent, choice, parameters, statistics, saved, layer, needs):
     described = _checked(rows, parent, choice, parameters, layer)
-    nodes = _nodes(described, rows, parent, choice)
+    run, nodes = _kernels(described, rows, parent, choice, parameters)
     expected = _saved_floats(described, rows, choice, parameters)
     if saved.shape[0] != expected:
         raise ValueError(
             f"saved: {saved.shape[0]} floats; expected {expected}, as layer_train keeps"
         )
-    expected = (len(nodes[1]), *rows.shape[1:2], *described.output_shape(*rows.shape[2:]))
+    expected = (choice.shape[0], *rows.shape[1:2], *described.output_shape(*rows.shape[2:]))
     if d_out.shape != expected or d_out.dtype is not rows.dtype:
         raise ValueError(
             f"d_out: {tuple(d_out.shape)} of {d_out.dtype}; expected {expected} of {rows.dtype}"
         )
-    expected = (len(nodes[1]), described.statistics_floats)
+    expected = (choice.shape[0], described.statistics_floats)
     if statistics.shape != expected:
         raise ValueError(f"statistics: shape {tuple(statistics.shape)}; expected {expected}")
-    run = _KERNELS[implementation(described, rows, parameters)]
     return run.backward(d_out, rows, *nodes, parameters, statistics, saved, described, needs)
 
 
@@ -298,7 +355,7 @@ class _Train(torch.autograd.Function):
 def _used(described: PopulationLayer, choice: Tensor, needs: Sequence[bool]) -> list[bool]:
     """`needs` without the parameters of choices that no node has."""
     found = [False] * len(needs)
-    for index in set(choice.tolist()):
+    for index in {index for index in choice.tolist() if index >= 0}:
         own = slice(described.first_parameter[index], described.first_parameter[index + 1])
         found[own] = needs[own]
     return found

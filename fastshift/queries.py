@@ -311,7 +311,7 @@ def _print_kernels() -> None:
         print(f"  {kernel:14} {runs}")
     print(f"  {'others':14} reference: other modules, and units without batch norm")
     print("implementations:")
-    _print_choices(cpu.BACKENDS, backend, "FASTSHIFT_BACKEND")
+    _print_choices(cpu.backends(), backend, "FASTSHIFT_BACKEND")
     print("instruction sets of cpu:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
 

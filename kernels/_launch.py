@@ -56,6 +56,7 @@ class Blocks:
     weight_out: int
     weight_in: int
     weight_pixels: int
+    warps: int
 
 
 def ceil_div(number: int, by: int) -> int:
@@ -68,26 +69,31 @@ def power_of_2(number: int, most: int) -> int:
     return min(max(16, 1 << (number - 1).bit_length()), most)
 
 
-def blocks_of(depthwise: bool, pixels: int, inner: int, outer: int, dtype: torch.dtype) -> Blocks:
+def blocks_of(
+    depthwise: bool, backward: bool, pixels: int, inner: int, outer: int, dtype: torch.dtype
+) -> Blocks:
     """Tile sizes for rows of some pixels.
 
     Args:
         depthwise: the kind of convolution.
+        backward: which pass; a backward program holds more at once.
         pixels: of a row that is written.
         inner: channels that a product sums over.
         outer: channels that it writes.
         dtype: of the rows.
     """
-    wide = dtype is torch.float32
     if depthwise:
-        return Blocks(power_of_2(pixels, 32), power_of_2(outer, 64), 16, 16, 16, 32)
+        return Blocks(
+            power_of_2(pixels, 32), power_of_2(outer, 32 if backward else 64), 16, 16, 16, 32, 4
+        )
     return Blocks(
-        pixels=power_of_2(pixels, 64 if wide else 128),
+        pixels=power_of_2(pixels, 64),
         channels=power_of_2(outer, 64),
         depth=power_of_2(inner, 32),
         weight_out=64,
         weight_in=64,
         weight_pixels=32,
+        warps=8 if dtype is torch.float32 else 4,
     )
 
 

@@ -17,13 +17,26 @@ from torch import Tensor
 
 from fastshift.kernels.plan import refuse_capture
 
-__all__ = ["address_table"]
+__all__ = ["ALIGNMENT", "address_table", "plain"]
 
 CAPACITY = 4096  # tables; one is at most some hundreds of bytes
 ALIGNMENT = 16  # bytes, of the widest access
 
 _TABLES: OrderedDict[tuple, Tensor] = OrderedDict()
 _CAPTURED: dict[tuple, Tensor] = {}  # those that a CUDA graph reads, which must not go
+
+
+def plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor itself where its memory is plain and begins where a wide access may, or a copy.
+
+    Copies are new at each call: a layer with such parameters can't be captured.
+    """
+    return [
+        tensor
+        if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+        else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in tensors
+    ]
 
 
 def address_table(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:

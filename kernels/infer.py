@@ -93,13 +93,13 @@ def num_tiles(step: InferStep, images: int, blocks: Blocks) -> int:
     )
 
 
-def step_constants(step: InferStep, blocks: Blocks, wide: bool, tf32: bool) -> dict[str, Any]:
+def step_constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) -> dict[str, Any]:
     """What a step's launch is compiled for, its warps too.
 
     Args:
         step, blocks: the launch and its tile.
         wide: whether all parameters begin where a wide access may.
-        tf32: whether products of float32 are rounded to TF32.
+        precision: of a product of float32: `ieee`, or `tf32`.
     """
     return {
         "NUM_JOBS": step.num_jobs,
@@ -110,7 +110,7 @@ def step_constants(step: InferStep, blocks: Blocks, wide: bool, tf32: bool) -> d
         "BLOCK_P": blocks.positions,
         "BLOCK_N": blocks.channels,
         "BLOCK_K": blocks.depth,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         "UPCAST": not isinstance(infer_kernel, triton.JITFunction),
         "num_warps": blocks.warps,
@@ -132,12 +132,14 @@ class _Launch:
 # Never emptied: a captured graph goes on reading a table where it was.
 @cache
 def _launches(
-    plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, tf32: bool
+    plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, precision: str
 ) -> list[_Launch]:
     refuse_capture(device, "a layer's plan")
     found = []
     for step in plan.steps:
-        blocks = block_sizes(step, plan.images, dtype.itemsize, tf32 or dtype is not torch.float32)
+        blocks = block_sizes(
+            step, plan.images, dtype.itemsize, precision == "tf32" or dtype is not torch.float32
+        )
         with torch.inference_mode(False):
             table = torch.tensor(step.table, dtype=torch.int64, device=device)
         found.append(
@@ -145,7 +147,7 @@ def _launches(
                 table,
                 num_tiles(step, plan.images, blocks),
                 step.num_jobs,
-                step_constants(step, blocks, wide, tf32),
+                step_constants(step, blocks, wide, precision),
             )
         )
     return found
@@ -160,7 +162,7 @@ def infer(
     layer: Layer,
     shape: Sequence[int],
     *,
-    tf32: bool = False,
+    precision: str = "ieee",
 ) -> Tensor:
     """Compute a level's nodes with batch norms that normalise by given moments.
 
@@ -172,7 +174,7 @@ def infer(
         moments: mean and variance of each unit's channels, of each node, `[M, K]` float32.
         layer: what its choices compute.
         shape: of a node's row: height, width, channels.
-        tf32: whether products of float32 rows may run on tensor cores, rounded to TF32.
+        precision: of a product of float32: `ieee`, or `tf32`, on tensor cores.
 
     Returns:
         The nodes' rows, `[M, N, H', W', C']`, of the type of `rows`.
@@ -193,7 +195,7 @@ def infer(
     hidden = [
         torch.empty(nodes * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
     ]
-    launches = _launches(plan, rows.device, rows.dtype, wide, tf32)
+    launches = _launches(plan, rows.device, rows.dtype, wide, precision)
     for index, launch in enumerate(launches):
         infer_kernel[(nodes * launch.num_jobs * launch.tiles,)](
             rows,

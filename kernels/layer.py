@@ -102,7 +102,9 @@ class _Forward:
     """Shares of a step's forward launch."""
 
     def __init__(self, plan: LayerPlan, step: Step, nodes: int, dtype: torch.dtype) -> None:
-        self.blocks = blocks_of(step.depthwise, step.out_pixels, step.c_in, step.c_out, dtype)
+        self.blocks = blocks_of(
+            step.depthwise, False, step.out_pixels, step.c_in, step.c_out, dtype
+        )
         tiles = ceil_div(step.out_pixels, self.blocks.pixels)
         self.chunk, self.parts = share(tiles, MOST_PARTS)
         self.items = nodes * step.lanes
@@ -137,6 +139,7 @@ def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Laun
                 "BLOCK_C": own.blocks.channels,
                 "BLOCK_K": own.blocks.depth,
             },
+            num_warps=own.blocks.warps,
         )
         counters += own.counters
     parts = ceil_div(plan.out_pixels, FRAME_PIXELS)
@@ -173,7 +176,7 @@ class _Backward:
     def __init__(
         self, plan: LayerPlan, step: Step, nodes: int, rows: int, dtype: torch.dtype
     ) -> None:
-        self.blocks = blocks_of(step.depthwise, step.in_pixels, step.c_out, step.c_in, dtype)
+        self.blocks = blocks_of(step.depthwise, True, step.in_pixels, step.c_out, step.c_in, dtype)
         blocks = self.blocks
         self.chunk, self.parts = share(ceil_div(step.in_pixels, blocks.pixels), MOST_PARTS)
         self.tiles = ceil_div(step.c_in, blocks.channels)
@@ -342,5 +345,6 @@ def backward_launches(
                 "BLOCK_D": own.blocks.weight_pixels,
                 "TAPS": own.taps_room,
             },
+            num_warps=own.blocks.warps,
         )
         counters += own.counters

@@ -127,8 +127,12 @@ class Backward(NamedTuple):
 
 @triton.jit
 def parameter_at(addresses, index):
-    """Where a float32 tensor begins; the first one's place for an index of -1, not to be read."""
-    return tl.load(addresses + tl.maximum(index, 0)).to(tl.pointer_type(tl.float32))
+    """Where a float32 tensor begins; the first one's place for an index of -1, not to be read.
+
+    Tensors begin at multiples of 16 bytes (`addresses.plain`).
+    """
+    address = tl.multiple_of(tl.load(addresses + tl.maximum(index, 0)), 16)
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit

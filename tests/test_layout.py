@@ -33,6 +33,7 @@ ORDER = (
     "population_layer",
     "_operators_ref",
     "_operators_cpu",
+    "_operators_triton",
     "operators",
     "supernet",
     "pareto",
