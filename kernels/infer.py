@@ -25,18 +25,20 @@ from fastshift.kernels.plan import Layer, refuse_capture
 
 __all__ = ["Blocks", "block_sizes", "infer"]
 
-# Of a thread, so that a multiprocessor holds 16 warps.
-MOST_REGISTERS = 128
-
 
 @dataclass(frozen=True)
 class Blocks:
-    """A launch's tile, `[positions, channels]` in chunks of `depth` channels, and its warps."""
+    """A launch's tile, `[positions, channels]` in chunks of `depth` channels, and what it runs on.
+
+    Attributes:
+        registers: most of a thread: at 128 a multiprocessor holds 16 warps.
+    """
 
     positions: int
     channels: int
     depth: int
     warps: int
+    registers: int = 128
     stages: int = 3
 
 
@@ -54,10 +56,14 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
         item_size: bytes of a value of the rows.
         tensor_cores: whether products run on them (float32 at full precision does not).
     """
+    kinds = {KINDS[job.kind] for job in step.all_jobs}
     products = [job for job in step.all_jobs if KINDS[job.kind] in ("pointwise", "dense", "pair")]
-    # The loops of products alone are pipelined, and keep several chunks in shared memory.
-    is_pipelined = any(KINDS[job.kind] != "pair" for job in products)
-    per_tap, most = (16, 128 if is_pipelined else 256) if tensor_cores else (1, 128)
+    per_tap = 16 if tensor_cores else 1
+    registers, most = 128, 256
+    if kinds & {"dense", "depthwise"}:
+        registers, most = 255, 64  # they hold more addresses or sums, and would spill
+    elif "pointwise" in kinds or not tensor_cores:
+        most = 128  # the loop of a pointwise product keeps several chunks in shared memory
 
     def cost(channels: int) -> int:
         return sum(
@@ -81,7 +87,7 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     # Enough for each thread to read 16 bytes of a chunk at a time.
     depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))
     depth = min(depth, max(16, triton.next_power_of_2(deepest)))
-    return Blocks(positions, channels, depth, warps)
+    return Blocks(positions, channels, depth, warps, registers)
 
 
 def num_tiles(step: InferStep, images: int, blocks: Blocks) -> int:
@@ -115,7 +121,7 @@ def step_constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) 
         "UPCAST": not isinstance(infer_kernel, triton.JITFunction),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
-        "maxnreg": MOST_REGISTERS,
+        "maxnreg": blocks.registers,
     }
 
 

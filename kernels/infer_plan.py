@@ -18,7 +18,16 @@ from itertools import accumulate
 
 from fastshift.kernels.plan import LINE, Layer, Op, Unit
 
-__all__ = ["COLUMNS", "KINDS", "InferPlan", "InferStep", "Job", "plan_infer"]
+__all__ = [
+    "ADD_OUTPUT",
+    "ADD_ROW",
+    "COLUMNS",
+    "KINDS",
+    "InferPlan",
+    "InferStep",
+    "Job",
+    "plan_infer",
+]
 
 # A variant is `2 * kind + part`; with part 1 every other channel of the source is read: the odd
 # ones where something is computed, the even ones where they are copied.
@@ -26,7 +35,7 @@ KINDS = ("pointwise", "dense", "pair", "depthwise", "copy")
 _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = range(len(KINDS))
 
 # What is added to a job's result: nothing, the node's source row, or what the output holds.
-_ADD_ROW, _ADD_OUTPUT = 1, 2
+ADD_ROW, ADD_OUTPUT = 1, 2
 
 # Of one image: offsets within a tile of positions, whose images are few, are 32 bits wide.
 _MOST_ELEMENTS = 2**28
@@ -245,10 +254,10 @@ def _add_op(
         aside = _Chain(_stages(placed[op.main :]), 0, 0)
         chains.append(aside)
         if op.frame == "residual":
-            main.add = _ADD_OUTPUT
+            main.add = ADD_OUTPUT
             main.first_step = max(0, len(aside.stages) + 1 - len(main.stages))
     elif op.frame == "residual":
-        main.add = _ADD_ROW
+        main.add = ADD_ROW
     used = [0, 0]
     for chain in chains:
         _add_chain(draft, choice, op, chain, images, used)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastshift.kernels.infer_plan import COLUMNS, KINDS
+from fastshift.kernels.infer_plan import ADD_OUTPUT, COLUMNS, KINDS
 
 __all__ = ["infer_kernel"]
 
-_WIDTH = tl.constexpr(len(COLUMNS))
+_LINE = tl.constexpr(len(COLUMNS))
 _VARIANTS = tl.constexpr(2 * len(KINDS))
 _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = (tl.constexpr(i) for i in range(len(KINDS)))
 (
@@ -27,7 +27,7 @@ _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = (tl.constexpr(i) for i in range(l
     _SOURCE_AT,
     _SOURCE_ROW,
     _HEIGHT,
-    _IN_WIDTH,
+    _WIDTH,
     _OUT_HEIGHT,
     _OUT_WIDTH,
     _KERNEL,
@@ -49,7 +49,7 @@ _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = (tl.constexpr(i) for i in range(l
 ) = (tl.constexpr(i) for i in range(len(COLUMNS)))
 # From a unit's first column on.
 _SCALE, _SHIFT, _MOMENTS, _RELU, _EPS = (tl.constexpr(i) for i in range(1, 6))
-_ADD_OUTPUT = tl.constexpr(2)
+_ADD_OUTPUT = tl.constexpr(ADD_OUTPUT)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _stage(
     UPCAST: tl.constexpr,
 ):
     """One tile of one job: positions from `first` on, output channels from `start_n` on."""
-    height, width = tl.load(job + _HEIGHT).to(tl.int32), tl.load(job + _IN_WIDTH).to(tl.int32)
+    height, width = tl.load(job + _HEIGHT).to(tl.int32), tl.load(job + _WIDTH).to(tl.int32)
     out_width = tl.load(job + _OUT_WIDTH).to(tl.int32)
     out_size = tl.load(job + _OUT_HEIGHT).to(tl.int32) * out_width
     kernel, stride = tl.load(job + _KERNEL).to(tl.int32), tl.load(job + _STRIDE).to(tl.int32)
@@ -200,24 +200,9 @@ def _stage(
         out = _read(source_ptr, corner * row, mask_p, start_n, out_channels, BLOCK_N, 2 * PART)
     elif KIND == _DEPTHWISE:
         out = _depthwise(
-            job,
-            source_ptr,
-            moments_ptr,
-            address_ptr,
-            corner,
-            y,
-            x,
-            mask_p,
-            height,
-            width,
-            row,
-            kernel,
-            start_n,
-            out_channels,
-            BLOCK_N,
-            PART,
-            ADDRESS_ALIGN,
-        )
+            job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width, row,
+            kernel, start_n, out_channels, BLOCK_N, PART, ADDRESS_ALIGN,
+        )  # fmt: skip
     else:
         weight_ptr = _parameter(address_ptr, tl.load(job + _PRODUCT), ADDRESS_ALIGN)
         sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
@@ -225,24 +210,9 @@ def _stage(
         if KIND == _PAIR:
             for start in range(0, in_channels, BLOCK_K):
                 values = _depthwise(
-                    job,
-                    source_ptr,
-                    moments_ptr,
-                    address_ptr,
-                    corner,
-                    y,
-                    x,
-                    mask_p,
-                    height,
-                    width,
-                    row,
-                    kernel,
-                    start,
-                    in_channels,
-                    BLOCK_K,
-                    PART,
-                    ADDRESS_ALIGN,
-                ).to(source_ptr.dtype.element_ty)
+                    job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width,
+                    row, kernel, start, in_channels, BLOCK_K, PART, ADDRESS_ALIGN,
+                ).to(source_ptr.dtype.element_ty)  # fmt: skip
                 at = offs_n[None, :] * in_channels + start + offs_k[:, None]
                 mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
                 weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
@@ -318,7 +288,7 @@ def infer_kernel(
     choice = tl.load(choice_ptr + node)
     if choice < 0:
         return
-    job = table_ptr + (choice * NUM_JOBS + (program // tiles) % NUM_JOBS) * _WIDTH
+    job = table_ptr + (choice * NUM_JOBS + (program // tiles) % NUM_JOBS) * _LINE
     variant = tl.load(job + _VARIANT)
     if variant < 0:
         return
@@ -351,25 +321,8 @@ def infer_kernel(
         if (VARIANTS >> index) & 1:  # noqa: SIM102
             if variant == index:
                 _stage(
-                    job,
-                    source_ptr,
-                    target_ptr,
-                    add_ptr,
-                    moments_ptr + wide * moments_size,
-                    address_ptr,
-                    first,
-                    start_n,
-                    positions,
-                    in_channels,
-                    out_channels,
-                    index // 2,
-                    index % 2,
-                    ADDS,
-                    ALIGN,
-                    ADDRESS_ALIGN,
-                    BLOCK_P,
-                    BLOCK_N,
-                    BLOCK_K,
-                    PRECISION,
-                    UPCAST,
-                )
+                    job, source_ptr, target_ptr, add_ptr, moments_ptr + wide * moments_size,
+                    address_ptr, first, start_n, positions, in_channels, out_channels,
+                    index // 2, index % 2, ADDS, ALIGN, ADDRESS_ALIGN,
+                    BLOCK_P, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+                )  # fmt: skip

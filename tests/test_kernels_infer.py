@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 import triton
-import triton.language as tl
-from triton.runtime import interpreter
 
 from fastshift import _operators_ref
 from fastshift.kernels import infer as kernels
 from fastshift.kernels.infer_plan import plan_infer
+from fastshift.operators import implementation, layer_infer
 from fastshift.ops import (
     Frame,
     Op,
@@ -32,6 +31,8 @@ from fastshift.population_layer import (
     describe_op,
     parse_layer,
 )
+
+pytestmark = pytest.mark.usefixtures("like_a_device")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cpu" is Triton's interpreter
 # Of the error relative to float64: fine if twice the reference's own, or below these.
@@ -93,6 +94,7 @@ OPS = {
             (Unit("depthwise", c // 2, c // 2, 3), Unit("depthwise", c // 2, c // 2, 3)),
             Frame("shuffle"),
         ),
+        Op("dense", c, c, 1, (Unit("dense", c // 2, c // 2, 3),), Frame("shuffle")),
     ],
 }
 LAUNCHES = {"s1": 3, "s2": 3, "rare": 3, "end_in_depthwise": 2}
@@ -101,8 +103,8 @@ KERNELS = {"easy": 5, "odd": 7, "tiny": 3}  # the largest depthwise one
 EVERY_CHOICE = (2, (1, 0, 0, 1, 1), (4, 3, 2, 1, 0))  # rows above; parent, choice of each node
 
 
-def _layer(ops, affine=True):
-    """A described layer, no two units of which have one epsilon."""
+def _text(ops, affine=True):
+    """The text of a layer, no two units of which have one epsilon."""
     eps = iter(range(1, 100))
 
     def unit_of(unit):
@@ -117,7 +119,7 @@ def _layer(ops, affine=True):
         units = tuple(unit_of(unit) for unit in (*op.units, *op.frame.shortcut))
         return LayerOp(units, len(op.units), op.frame.kind)
 
-    return parse_layer(describe_layer(describe_op(op_of(op)) for op in ops))
+    return describe_layer(describe_op(op_of(op)) for op in ops)
 
 
 class _Case:
@@ -126,7 +128,8 @@ class _Case:
     def __init__(self, ops, shape, population=EVERY_CHOICE, dtype=torch.float32, affine=True):
         n, c, h, w = shape
         generator = torch.Generator().manual_seed(0)
-        self.layer = _layer(ops, affine)
+        self.text = _text(ops, affine)
+        self.layer = parse_layer(self.text)
         num_rows, parent, choice = population
         self.rows = torch.randn(num_rows, n, h, w, c, generator=generator).to(DEVICE, dtype)
         self.parent = torch.tensor(parent, dtype=torch.int32, device=DEVICE)
@@ -173,24 +176,6 @@ class _Case:
             limit = max(2 * bound, floor * float(right.norm()))
             choice = int(self.choice[node])
             assert error <= limit, f"node {node}, choice {choice}: {error:.3g} > {limit:.3g}"
-
-
-def _cast(builder, source, target):
-    """Round float32 to bfloat16 as devices do."""
-    bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
-    return interpreter.TensorHandle(bits.numpy(), target.scalar)
-
-
-@pytest.fixture(autouse=True)
-def rounds_to_nearest(monkeypatch):
-    """Let the interpreter round to bfloat16; of itself (Triton 3.8) it cuts off."""
-    plain = interpreter.InterpreterBuilder.cast_impl
-
-    def cast(builder, source, target):
-        narrows = source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16
-        return (_cast if narrows else plain)(builder, source, target)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
 
 
 class _Poisoned:
@@ -404,7 +389,7 @@ def test_launches_of_two_populations_differ_in_device_buffers_alone(recorder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("channels", [4, 24, 160, 640])
 def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype):
-    layer = _layer(OPS["s2"](channels))
+    layer = parse_layer(_text(OPS["s2"](channels)))
     plan = plan_infer(layer, 150, 28, 28, channels)
     for step in plan.steps:
         blocks = kernels.block_sizes(step, 150, dtype.itemsize, dtype is not torch.float32)
@@ -417,8 +402,57 @@ def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype):
 
 
 def test_rows_beyond_the_offsets_are_refused():
-    layer = _layer([projection(1024, 1024, 1)])
+    layer = parse_layer(_text([projection(1024, 1024, 1)]))
     with pytest.raises(ValueError, match="rows: 268435456 elements"):
         plan_infer(layer, 1, 512, 512, 1024)
     with pytest.raises(ValueError, match="rows: 1073741824 positions"):
         plan_infer(layer, 65536, 128, 128, 1024)
+
+
+# The operator
+
+
+@pytest.fixture
+def operator_runs_triton(monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "triton")
+
+
+@pytest.mark.usefixtures("operator_runs_triton")
+@BY_DTYPE
+def test_the_operator_runs_the_kernel(dtype):
+    case = _Case([identity(4), shuffle_unit(4, 4, 1, 3)], SHAPES["tiny"], dtype=dtype)
+    assert implementation(case.layer, case.rows, case.parameters) == "triton"
+    # Memory of another order, such as a dense kernel's in channels last.
+    given = [p.mT.contiguous().mT if p.dim() > 1 else p for p in case.parameters]
+    nodes = case.parent, case.choice
+    found = layer_infer(case.rows, *nodes, given, case.moments, case.text)
+    assert torch.equal(found, case.run())
+
+
+@pytest.mark.usefixtures("operator_runs_triton")
+def test_the_operator_keeps_what_compilers_rely_on():
+    case = _Case([identity(4), projection(4, 4, 1)], SHAPES["tiny"], (2, (1, 0), (1, 0)))
+    sample = case.rows, case.parent, case.choice, case.parameters, case.moments, case.text
+    torch.library.opcheck(torch.ops.fastshift.layer_infer.default, sample)
+
+
+@pytest.mark.usefixtures("operator_runs_triton")
+def test_a_compiled_function_serves_every_population_of_a_size():
+    case = _Case([identity(4), projection(4, 4, 1)], SHAPES["tiny"], (2, (1, 0, 0), (1, 0, 1)))
+
+    def score(parent, choice):
+        nodes = case.rows, parent, choice
+        return 2 * layer_infer(*nodes, case.parameters, case.moments, case.text)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        parent, choice = (
+            torch.tensor(rng.integers(0, 2, 3), dtype=torch.int32, device=DEVICE) for _ in range(2)
+        )
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+            found = compiled(parent, choice)
+        assert torch.equal(found, score(parent, choice))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
