@@ -1,7 +1,7 @@
 # Everything is made inside this folder: `.venv`, `build`, `runs`. `make PYTHON=/path/to/python search` picks a Python.
 
 .DELETE_ON_ERROR:
-.PHONY: search test test-slow sanitize bench speed lint format gpu-static clean distclean
+.PHONY: search test test-slow sanitize sanitize-kernels bench speed lint format gpu-static clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +54,10 @@ sanitize: $(VENV)/.made-test
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
 	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZED) $(ARGS)
+
+# The Triton kernels' tests under the interpreter, each access checked against the tensors' memory.
+sanitize-kernels: $(VENV)/.made-test
+	FASTSHIFT_WATCH=1 $(BIN)/pytest -q $(wildcard tests/test_kernels_*.py) $(ARGS)
 
 bench: $(VENV)/.made-test
 	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)

@@ -1,12 +1,13 @@
 """What can be said of the GPU kernels without a GPU: a table, a record, and a check against it.
 
-    python benchmarks/gpu_static.py [--only PATTERN] [--json FILE]   the table and the check
-    python benchmarks/gpu_static.py --record                         and a new record
+    python benchmarks/gpu_static.py [--only PATTERN] [--all] [--json FILE]   table and check
+    python benchmarks/gpu_static.py --record                                 and a new record
 
-Every listed kernel is compiled for three architectures at named shapes of three spaces and its
-machine code is read. No kernel runs on a GPU: there is no time in here. A floor is what the card's
-published bandwidth and rates allow at best, a bound and not a time. The bytes that programs ask
-for are counted by Triton's interpreter, at the small shape alone.
+Every listed kernel is compiled at named shapes of three spaces and its machine code is read: at
+one level of each space for one architecture, at one space's in every type for all three; with
+`--all`, everything everywhere. No kernel runs on a GPU: there is no time in here. A floor is what
+the card's published bandwidth and rates allow at best, a bound and not a time. The bytes that
+programs ask for are counted by Triton's interpreter, at the small shape alone.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from typing import Any
 
 import torch
 import triton
-from kernel_sites import SITES, SMALL, network
-from machine_code import CARDS, MachineCode, compile_launch
+from kernel_sites import SITES, SMALL, Site, network
+from machine_code import CARDS, compile_launch
 from static_checks import regressions, shortfalls
 from static_tables import tables
 
-from fastshift.kernels import catalogue
-from fastshift.kernels.catalogue import DTYPES, Case, Launch, Network, Recording, cases, record
+from fastshift.kernels.catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
 
 __all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of"]
 
@@ -41,7 +41,7 @@ RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
 
 def key_of(launch: Launch) -> str:
     """Name a launch's machine code, whatever the source says: kernel, types and constants."""
-    return f"{launch.name} {hashlib.sha256(repr(launch.key).encode()).hexdigest()[:8]}"
+    return f"{launch.name} {hashlib.sha256(launch.key.encode()).hexdigest()[:8]}"
 
 
 def floor_us(case: Case, capability: int) -> float:
@@ -52,16 +52,23 @@ def floor_us(case: Case, capability: int) -> float:
     return 1e6 * max(moved, case.flops / rate)
 
 
-def collect(networks: list[Network], pattern: str = "") -> Iterator[tuple[Case, Recording]]:
-    """Yield the listed cases that a pattern finds, each with its recorded launches."""
-    for place in networks:
-        for dtype in DTYPES:
+def collect(
+    sites: Iterable[Site], pattern: str = "", *, whole: bool = False
+) -> Iterator[tuple[Case, Recording, tuple[int, ...]]]:
+    """Yield the listed cases that a pattern finds, their recordings and their architectures.
+
+    Args:
+        sites: where the shapes come from.
+        pattern: a regular expression on `name | site | dtype`.
+        whole: take every level of a site, in every type, for every architecture.
+    """
+    for site in sites:
+        place = network(site, whole=whole)
+        for dtype in DTYPES if whole else site.targets:
             for case in cases(place, dtype):
                 if re.search(pattern, _name(case)):
-                    arguments = case.prepare("meta")
-                    with record() as found:
-                        case.launcher(*arguments)
-                    yield case, found
+                    capabilities = tuple(CARDS) if whole else site.targets[dtype]
+                    yield case, recorded(case), capabilities
 
 
 def _name(case: Case) -> str:
@@ -69,12 +76,13 @@ def _name(case: Case) -> str:
 
 
 def examine(
-    found: Iterable[tuple[Case, Recording]], say: Callable[[str], Any] = lambda line: None
+    found: Iterable[tuple[Case, Recording, tuple[int, ...]]],
+    say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, Any]:
     """Compile each launch once for each architecture and put the record together.
 
     Args:
-        found: cases and their recordings.
+        found: what `collect` yields.
         say: is told what is being compiled.
 
     Returns:
@@ -82,17 +90,15 @@ def examine(
     """
     kernels: dict[str, dict[str, Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for case, recording in found:
+    for case, recording, capabilities in found:
         for launch in recording.launches:
-            key = key_of(launch)
-            if key in kernels:
-                continue
-            start = time.perf_counter()
-            codes: dict[str, MachineCode] = {
-                str(capability): compile_launch(launch, capability) for capability in CARDS
-            }
-            kernels[key] = {name: code.row() for name, code in codes.items()}
-            say(f"{key} for {_name(case)}: {time.perf_counter() - start:.1f} s")
+            codes = kernels.setdefault(key_of(launch), {})
+            for capability in capabilities:
+                if str(capability) not in codes:
+                    start = time.perf_counter()
+                    codes[str(capability)] = compile_launch(launch, capability).row()
+                    seconds = time.perf_counter() - start
+                    say(f"{key_of(launch)} for sm_{capability}, {_name(case)}: {seconds:.1f} s")
         rows[_name(case)] = _row(case, recording)
     return {"kernels": kernels, "cases": rows}
 
@@ -116,8 +122,10 @@ def _row(case: Case, recording: Recording) -> dict[str, Any]:
     }
 
 
-def counted_bytes(pattern: str = "") -> dict[str, dict[str, int]]:
-    """Run the cases at the small shape under Triton's interpreter and count their bytes.
+def counted_bytes(
+    place: Network, dtypes: Iterable[str], pattern: str = ""
+) -> dict[str, dict[str, int]]:
+    """Run the cases at a small network's shapes under Triton's interpreter and count their bytes.
 
     Raises:
         RuntimeError: a kernel leaves its tensors, or the process is not the interpreter's.
@@ -125,19 +133,18 @@ def counted_bytes(pattern: str = "") -> dict[str, dict[str, int]]:
     from interpreter_memory import watch
 
     counts = {}
-    place = network(SMALL)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for case in cases(place, dtype):
             if not re.search(pattern, _name(case)):
                 continue
             arguments = case.prepare("cpu")
-            with watch(also=_listed_tensors(arguments)) as found:
+            with watch() as found:
                 case.launcher(*arguments)
             if not found.programs:
                 raise RuntimeError(f"{_name(case)}: no program ran under the interpreter")
             if found.violations:
                 raise RuntimeError(f"{_name(case)}: {found.violations[0]}")
-            counts[f"{case.name} | {case.dtype}"] = {
+            counts[_name(case)] = {
                 "loaded_bytes": found.loaded_bytes,
                 "stored_bytes": found.stored_bytes,
                 "read_bytes": case.read_bytes,
@@ -146,15 +153,9 @@ def counted_bytes(pattern: str = "") -> dict[str, dict[str, int]]:
     return counts
 
 
-def _listed_tensors(arguments: tuple) -> list[torch.Tensor]:
-    """What a kernel may reach by an address in a table: the tensors given in lists."""
-    lists = [value for value in arguments if isinstance(value, list | tuple)]
-    return [tensor for values in lists for tensor in values if isinstance(tensor, torch.Tensor)]
-
-
-def _count_apart(pattern: str) -> dict[str, dict[str, int]]:
+def _count_apart(pattern: str, whole: bool) -> dict[str, dict[str, int]]:
     """`counted_bytes` in a process of its own: the interpreter is chosen at import."""
-    command = [sys.executable, __file__, "--count", "--only", pattern]
+    command = [sys.executable, __file__, "--count", "--only", pattern, *["--all"] * whole]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -166,25 +167,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program; 1 where a target is missed or something got worse."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name it finds")
+    parser.add_argument(
+        "--all", action="store_true", help="every level, type and architecture: an hour or more"
+    )
     parser.add_argument("--json", type=Path, help="write what was found")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     parser.add_argument("--count", action="store_true", help="print the interpreter's counts alone")
     options = parser.parse_args(argv)
     if options.count:
-        print(json.dumps(counted_bytes(options.only)))
+        place = network(SMALL, whole=options.all)
+        dtypes = DTYPES if options.all else SMALL.targets
+        print(json.dumps(counted_bytes(place, dtypes, options.only)))
         return 0
-    if options.record and options.only:
-        parser.error("--record: takes every case, not those of --only")
+    if options.record and (options.only or options.all):
+        parser.error("--record: of the quick run, without --only and --all")
     start = time.perf_counter()
-    networks = [network(site) for site in SITES]
     found = {
         "note": "compiled, not run: no figure here is a time; floors are bounds",
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "cards": {str(c): card.name for c, card in CARDS.items()},
-        "listed": list(catalogue.LISTED),
-        **examine(collect(networks, options.only), lambda line: print(line, file=sys.stderr)),
+        **examine(
+            collect(SITES, options.only, whole=options.all),
+            lambda line: print(line, file=sys.stderr, flush=True),
+        ),
         "counted_at": SMALL.name + f", {SMALL.num_images} images",
-        "counted": _count_apart(options.only),
+        "counted": _count_apart(options.only, options.all),
     }
     print("\n".join(tables(found)))
     seconds = time.perf_counter() - start
@@ -193,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.record:
         RECORD.write_text(_text(found))
     elif RECORD.exists():
-        missed += regressions(found, json.loads(RECORD.read_text()), partial=bool(options.only))
+        old = json.loads(RECORD.read_text())
+        missed += regressions(found, old, partial=bool(options.only), more=options.all)
     else:
         missed.append(f"{RECORD.relative_to(ROOT)}: not there; make it with --record")
     if options.json:

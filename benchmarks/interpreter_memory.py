@@ -6,6 +6,7 @@ is counted each time.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,15 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
 __all__ = ["Accesses", "watch"]
+
+_LEAST_ADDRESS = 2**24  # of what a table of int64 may hold; labels and counts are below
 
 
 @dataclass
@@ -27,24 +32,24 @@ class Accesses:
     Attributes:
         loaded_bytes, stored_bytes: of all lanes that no mask stopped; an atomic counts as both.
         programs: that ran.
-        violations: a line for each access outside of the tensors that its launch was given, or
-            across two of them, with kernel, program and address.
+        violations: a line for each access outside of the tensors that its launch was given (or
+            reaches by a table of addresses), or across two of them, with kernel and program.
     """
 
     loaded_bytes: int = 0
     stored_bytes: int = 0
     programs: int = 0
     violations: list[str] = field(default_factory=list)
-    _also: list[tuple[int, int]] = field(default_factory=list)
     _ranges: np.ndarray | None = None
     _kernel: str = ""
 
     def enter(self, kernel: str, tensors: Iterable[Tensor]) -> None:
-        """Note what the next launch may touch."""
+        """Note what the next launch may touch: its tensors, and those in its address tables."""
         self._kernel = kernel
-        found = {*self._also, *map(_range, tensors)}
-        merged = sorted((start, end) for start, end in found if end > start)
-        self._ranges = np.array(merged, dtype=np.int64).reshape(-1, 2)
+        tensors = list(tensors)
+        found = {*map(_range, tensors), *map(_range, _reached(tensors))}
+        allowed = sorted((start, end) for start, end in found if end > start)
+        self._ranges = np.array(allowed, dtype=np.int64).reshape(-1, 2)
 
     def check(self, what: str, handle: TensorHandle, mask: np.ndarray) -> np.ndarray:
         """Note lanes outside of every tensor and return the mask without them.
@@ -55,7 +60,7 @@ class Accesses:
             mask: lanes that are accessed.
         """
         size = _itemsize(handle)
-        address, mask = np.broadcast_arrays(handle.data.astype(np.int64), mask)
+        address, mask = np.broadcast_arrays(handle.data.astype(np.int64), mask.astype(bool))
         starts, ends = self._ranges[:, 0], self._ranges[:, 1]
         owner = np.searchsorted(starts, address, side="right") - 1
         inside = (owner >= 0) & (address + size <= ends[np.maximum(owner, 0)])
@@ -83,6 +88,16 @@ def _range(tensor: Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
+def _reached(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Find the living tensors whose addresses stand in tables of int64."""
+    tables = [t.flatten() for t in tensors if t.dtype is torch.int64 and t.numel()]
+    values = {v for table in tables for v in table.tolist() if v >= _LEAST_ADDRESS}
+    if not values:
+        return []
+    living = (t for t in gc.get_objects() if type(t) in (Tensor, Parameter))
+    return [t for t in living if t.layout is torch.strided and t.data_ptr() in values]
+
+
 def _itemsize(handle: TensorHandle) -> int:
     return max(1, handle.get_element_ty().primitive_bitwidth // 8)
 
@@ -96,11 +111,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def watch(also: Iterable[Tensor] = ()) -> Iterator[Accesses]:
+def watch() -> Iterator[Accesses]:
     """Watch every launch inside; an access that a violation notes does not happen.
-
-    Args:
-        also: tensors on the CPU that kernels reach by address, besides those they are given.
 
     Yields:
         What was found, complete at the end.
@@ -109,7 +121,7 @@ def watch(also: Iterable[Tensor] = ()) -> Iterator[Accesses]:
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas, program = builder.create_atomic_rmw, builder.create_atomic_cas, builder.set_grid_idx
     run = InterpretedFunction.run
-    found = Accesses(_also=[_range(tensor) for tensor in also])
+    found = Accesses()
 
     def watched_load(ptrs, mask, *rest):
         allowed = found.check("load", ptrs, mask.data)

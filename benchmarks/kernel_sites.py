@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from fastshift.kernels.catalogue import Level, Network
+from fastshift.kernels.catalogue import DTYPES, Level, Network
 from fastshift.ops import Op, Unit
-from fastshift.population_layer import LayerOp, LayerUnit, describe_layer, describe_op
+from fastshift.population_layer import LayerOp, LayerUnit, describe_layer, describe_op, parse_layer
 from fastshift.space import SearchSpace
 from fastshift.spaces import build
 from fastshift.supernet import Supernet
@@ -26,7 +25,8 @@ class Site:
     Attributes:
         space: its name in `fastshift.spaces`.
         rows: of a level's parents at a time, of `num_nodes` nodes.
-        options: of the space.
+        level: the one that stands for all others where not all are wanted.
+        targets: types and architectures, where not all are wanted.
     """
 
     space: str
@@ -36,7 +36,8 @@ class Site:
     num_candidates: int
     rows: int
     num_nodes: int
-    options: dict[str, Any] = field(default_factory=dict)
+    level: str
+    targets: dict[str, tuple[int, ...]]
 
     @property
     def name(self) -> str:
@@ -45,14 +46,17 @@ class Site:
 
 
 # Batches of 150 and generations of 50, as the released code of Supernet Shifting has them.
+_EVERYWHERE = (80, 90, 100)
+_ONE = {"bf16": (90,)}
+_ALL = dict.fromkeys(DTYPES, _EVERYWHERE)
 SITES = (
-    Site("shufflenet_v2", 224, 1000, 150, 50, 8, 16),
-    Site("shufflenet_v2", 64, 200, 150, 50, 8, 16),
-    Site("nasbench_macro", 32, 10, 150, 50, 8, 16),
-    Site("digits", 8, 10, 150, 50, 8, 16),
+    Site("shufflenet_v2", 224, 1000, 150, 50, 8, 16, "block 5", _ONE),
+    Site("shufflenet_v2", 64, 200, 150, 50, 8, 16, "block 10", _ONE),
+    Site("nasbench_macro", 32, 10, 150, 50, 8, 16, "block 4", _ALL),
+    Site("digits", 8, 10, 150, 50, 8, 16, "block 3", _ONE),
 )
-# What the interpreter counts bytes at: it takes a millisecond a program.
-SMALL = Site("digits", 8, 10, 4, 3, 2, 4)
+# What the interpreter counts bytes at: it takes some milliseconds a program, a backward pass more.
+SMALL = Site("digits", 8, 10, 4, 3, 2, 4, "block 3", _ONE)
 
 
 def layer_text(ops: tuple[Op, ...], affine: bool) -> str:
@@ -72,10 +76,9 @@ def layer_text(ops: tuple[Op, ...], affine: bool) -> str:
     return describe_layer(describe_op(op_of(op)) for op in ops)
 
 
-def network(site: Site) -> Network:
-    """Return a site's shapes, with one level of each that differs."""
-    options = {"image_size": site.image_size, "num_classes": site.num_classes, **site.options}
-    space = build(site.space, **options)
+def network(site: Site, *, whole: bool = True) -> Network:
+    """Return a site's shapes, with one level of each that differs, or the site's alone."""
+    space = build(site.space, image_size=site.image_size, num_classes=site.num_classes)
     with torch.device("meta"):
         supernet = Supernet(space)
     first = [0]
@@ -94,7 +97,7 @@ def network(site: Site) -> Network:
         site.num_classes,
         site.num_candidates,
         tuple(parameters),
-        tuple(_levels(site, space)),
+        tuple(level for level in _levels(site, space) if whole or level.name == site.level),
     )
 
 
@@ -112,5 +115,5 @@ def _levels(site: Site, space: SearchSpace) -> list[Level]:
         seen.add((rows, text))
         parent = tuple(node * site.rows // site.num_nodes for node in range(site.num_nodes))
         choice = tuple(node % len(ops) for node in range(site.num_nodes))
-        levels.append(Level(f"block {index + 1}", rows, parent, choice, text))
+        levels.append(Level(f"block {index + 1}", rows, parent, choice, parse_layer(text)))
     return levels

@@ -1,7 +1,7 @@
 """Every kernel launch that the static checks look at: named shapes in, recorded launches out.
 
-A kernel file lists its launches by a function `catalogue(network, dtype)` that yields `Case`s, and
-its name stands in `LISTED`. A case calls the file's own launcher, so what is checked is what runs:
+A file lists launches by a function `catalogue(network, dtype)` that yields `Case`s, and its name
+stands in `LISTED`. A case calls a kernel file's own launcher, so what is checked is what runs:
 `record` lets it allocate on the device "meta", where nothing is stored, and notes each launch
 with the signature, the constants and the alignments that Triton would compile it for.
 """
@@ -19,29 +19,32 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-__all__ = ["LISTED", "Case", "Inputs", "Launch", "Level", "Network", "Recording", "cases", "record"]
+from fastshift.kernels.plan import Layer
+
+__all__ = [
+    "LISTED",
+    "Case",
+    "Inputs",
+    "Launch",
+    "Level",
+    "Network",
+    "Recording",
+    "cases",
+    "record",
+    "recorded",
+]
 
 # Files of this package that have a `catalogue`, in the order of the table.
-LISTED: tuple[str, ...] = ("loss", "sgd", "images")
+LISTED: tuple[str, ...] = ("small_cases", "layer_cases")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float64: "fp64",
-    torch.bool: "u1",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-_ALIGNMENT = 16  # bytes, and the divisor of integers, that Triton specialises on
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+# Types and alignments do not depend on the architecture.
+_BACKEND = GPUTarget("cuda", 90, 32)
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,14 @@ class Level:
         name: such as `block 5`.
         rows: of the level above, `[R, N, H, W, C]`.
         parent, choice: of each node.
-        layer: the text of the population layer, as the operators take it.
+        layer: what its choices compute; `shapes` are those of their parameters.
     """
 
     name: str
     rows: tuple[int, int, int, int, int]
     parent: tuple[int, ...]
     choice: tuple[int, ...]
-    layer: str
+    layer: Layer
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,16 @@ class Launch:
         kernel: the jitted function.
         grid: programs along each axis.
         signature: Triton's type of each argument, `constexpr` where it is a constant.
-        constexprs: values of the constants, integers that are 1 and arguments that are None too.
-        aligned: arguments known to be multiples of 16, addresses in bytes.
+        constexprs: values of the constants by position, integers that are 1 and None among them.
+        attrs: by position, what is known of addresses and integers: multiples of 16.
         options: `num_warps` and what else the launcher sets.
     """
 
     kernel: JITFunction
     grid: tuple[int, int, int]
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...]
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, int]
 
     @property
@@ -144,17 +147,10 @@ class Launch:
         return self.kernel.fn.__name__
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> str:
         """What two launches share that run the same machine code."""
-        constants = tuple(sorted((n, str(v)) for n, v in self.constexprs.items()))
-        options = tuple(sorted(self.options.items()))
-        return self.name, tuple(self.signature.items()), constants, self.aligned, options
-
-    @property
-    def attrs(self) -> dict[tuple[int], list[list[Any]]]:
-        """The alignments, as `ASTSource` takes them."""
-        names = list(self.signature)
-        return {(names.index(n),): [["tt.divisibility", _ALIGNMENT]] for n in self.aligned}
+        parts = (self.signature, self.constexprs, self.attrs, sorted(self.options.items()))
+        return f"{self.name} {parts}"
 
 
 @dataclass(frozen=True)
@@ -270,49 +266,19 @@ def _jitted(function: Callable) -> JITFunction:
 
 
 def _launch(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
-    """Describe a launch by the rules by which Triton specialises a kernel to its arguments."""
-    options = {name: kwargs[name] for name in _OPTIONS if kwargs.get(name) is not None}
-    given = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-    unknown = set(kwargs) - set(given) - set(_OPTIONS)
-    if unknown:
-        raise ValueError(f"{kernel.fn.__name__}: unknown arguments {sorted(unknown)}")
-    bound = kernel.signature.bind(*args, **given)
-    bound.apply_defaults()
+    """Describe a launch by Triton's own rules, by which it specialises a kernel to arguments."""
+    backend = make_backend(_BACKEND)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    _, signature, constexprs, attrs = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
     if callable(grid):
-        grid = grid(bound.arguments)
-    signature, constexprs, aligned = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, bound.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[name], constexprs[name] = "constexpr", value
-            continue
-        signature[name] = _type(value)
-        if parameter.do_not_specialize:
-            continue
-        if type(value) is int and value == 1:
-            signature[name], constexprs[name] = "constexpr", 1
-        elif not parameter.do_not_specialize_on_alignment and _is_aligned(value):
-            aligned.append(name)
+        grid = grid(bound)
     sizes = (*(int(n) for n in grid), 1, 1)[:3]
-    return Launch(kernel, sizes, signature, constexprs, tuple(aligned), options)
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "*" + _NAMES[value.dtype]
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64" if value < 2**63 else "u64"
-    if isinstance(value, float):
-        return "fp32"
-    raise TypeError(f"{value!r}: expected a tensor, a number or None")
-
-
-def _is_aligned(value: Any) -> bool:
-    if isinstance(value, Tensor):  # storages themselves are aligned to 256 bytes and more
-        return value.storage_offset() * value.element_size() % _ALIGNMENT == 0
-    return type(value) is int and value % _ALIGNMENT == 0
+    known = {path: found for path, found in attrs.items() if found}
+    given = {name: value for name, value in options.items() if value is not None}
+    return Launch(kernel, sizes, signature, constexprs, known, given)
 
 
 def cases(network: Network, dtype: str) -> Iterator[Case]:
@@ -324,3 +290,12 @@ def cases(network: Network, dtype: str) -> Iterator[Case]:
     """
     for name in LISTED:
         yield from importlib.import_module(f"fastshift.kernels.{name}").catalogue(network, dtype)
+
+
+def recorded(case: Case) -> Recording:
+    """Record what a case starts and makes, its preparation aside."""
+    with record():
+        arguments = case.prepare("meta")
+    with record() as found:
+        case.launcher(*arguments)
+    return found

@@ -12,17 +12,14 @@ graph augments every batch anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network
+__all__ = ["augment_images", "augment_images_ref"]
 
-__all__ = ["augment_images", "augment_images_ref", "catalogue"]
-
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the result
 _BLOCK = 1024  # values a program: 8 a thread with 4 warps
 
 
@@ -208,46 +205,11 @@ def augment_images(
                 f"{name}: {tuple(given.shape)} of {given.dtype}; expected {shape} of {expected}, "
                 "contiguous"
             )
-    if padding < 0 or dtype not in DTYPES.values():
+    if padding < 0 or dtype not in DTYPES:
         raise ValueError(
             f"padding, dtype: {padding}, {dtype}; expected at least 0, and one of "
-            f"{', '.join(map(str, DTYPES.values()))}"
+            f"{', '.join(map(str, DTYPES))}"
         )
     return torch.ops.fastshift.augment_images(
         images, corners, flips, fill, scale, shift, padding, dtype
-    )
-
-
-def catalogue(network: Network, dtype: str) -> Iterator[Case]:
-    """Yield the augmentation of a network's batch of planar images."""
-    num, channels, size = network.num_images, network.in_channels, network.image_size
-    values = num * channels * size**2
-    block, warps = _block(channels * size**2)
-
-    def prepare(device: str) -> tuple:
-        make = Inputs(device)
-        padding = size // 8
-        return (
-            make.integers(0, 256, num, channels, size, size, dtype=torch.uint8),
-            make.integers(0, 2 * padding + 1, 2, num, dtype=torch.int32),
-            make.integers(0, 2, num, dtype=torch.uint8),
-            make.integers(0, 256, channels, dtype=torch.uint8),
-            make.normal(channels),
-            make.normal(channels),
-            padding,
-            DTYPES[dtype],
-        )
-
-    yield Case(
-        "augment_images",
-        network.name,
-        dtype,
-        prepare,
-        _images_triton,
-        flops=values,
-        read_bytes=values + 9 * num + 9 * channels,
-        written_bytes=values * DTYPES[dtype].itemsize,
-        launches=1,
-        load_width=1,  # bytes at an offset of each image's own
-        store_width=min(16, block // (32 * warps) * DTYPES[dtype].itemsize),
     )

@@ -17,7 +17,6 @@ where one tile holds all images there is one launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -25,13 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network
-
 __all__ = [
     "candidate_loss",
     "candidate_loss_backward_ref",
     "candidate_loss_ref",
-    "catalogue",
 ]
 
 _TILE = 2048  # logits in registers at a time: 16 a thread with 4 warps
@@ -411,46 +407,4 @@ def candidate_loss(
         )
     return torch.ops.fastshift.candidate_loss(
         logits, labels.contiguous(), num_leaves, float(label_smoothing)
-    )
-
-
-def catalogue(network: Network, dtype: str) -> Iterator[Case]:
-    """Yield the loss and its gradient at a network's head."""
-    shape = (network.num_candidates, network.num_images, network.num_classes)
-    logits = shape[0] * shape[1] * shape[2] * DTYPES[dtype].itemsize
-    side = 8 * shape[1] + 4
-    width = math.gcd(16, shape[2] * DTYPES[dtype].itemsize)
-
-    def given(device: str) -> tuple[Tensor, ...]:
-        make = Inputs(device)
-        labels = make.integers(0, shape[2], shape[1])
-        num_leaves = make.given([shape[0]], torch.int32)
-        return make.normal(*shape, dtype=DTYPES[dtype]), labels, num_leaves
-
-    yield Case(
-        "candidate_loss",
-        network.name,
-        dtype,
-        lambda device: (*given(device), 0.1),
-        _loss_fwd_triton,
-        flops=3 * shape[0] * shape[1] * shape[2],
-        read_bytes=logits + side,
-        written_bytes=12 * shape[0],
-        launches=2,
-        load_width=width,
-        store_width=4,
-        narrow=("_loss_sum_kernel",),
-    )
-    yield Case(
-        "candidate_loss_backward",
-        network.name,
-        dtype,
-        lambda device: (Inputs(device, 1).normal(shape[0]), *given(device), 0.1),
-        _loss_bwd_triton,
-        flops=4 * shape[0] * shape[1] * shape[2],
-        read_bytes=logits + side + 4 * shape[0],
-        written_bytes=logits,
-        launches=1,
-        load_width=width,
-        store_width=width,
     )

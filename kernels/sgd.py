@@ -16,7 +16,7 @@ A momentum starts as -0.0, the one value for which `momentum m + g` is g bit for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network
-
-__all__ = ["SgdTables", "catalogue", "fresh_momenta", "sgd_step", "sgd_step_ref", "sgd_tables"]
+__all__ = ["SgdTables", "fresh_momenta", "sgd_step", "sgd_step_ref", "sgd_tables"]
 
 _BLOCK = 1024  # values a program: 8 a thread with 4 warps
 ALWAYS = -1  # the pair of parameters that every step moves: stem and head
 _ALIGNED = 16
+_TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _check(index: int, tensors: tuple[Tensor, Tensor, Tensor], dtype: torch.dtyp
     parameter = tensors[0]
     types = tuple(t.dtype for t in tensors)
     fits = types in ((torch.float32, dtype, torch.float32), (torch.float64,) * 3)
-    if not fits or dtype not in (*DTYPES.values(), torch.float64):
+    if not fits or dtype not in (*_TRITON_TYPES, torch.float64):
         raise ValueError(
             f"parameter {index}: types {types}; expected float32, gradients of one floating type "
             "and momenta of float32"
@@ -229,13 +232,6 @@ def _sgd_kernel(
             _sgd_piece(p_ptr, g_ptr, m_ptr, offs, count, rate_ptr, scale, NESTEROV, False)
 
 
-_TRITON_TYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-
-
 def _sgd_triton(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -344,40 +340,4 @@ def sgd_step(
         coefficient,
         nesterov,
         tables.aligned,
-    )
-
-
-def catalogue(network: Network, dtype: str) -> Iterator[Case]:
-    """Yield the step of all parameters of a supernet, its gradients being of the type."""
-    shapes = [shape for shape, _ in network.parameters]
-    pairs = [pair for _, pair in network.parameters]
-    values = sum(math.prod(shape) for shape in shapes)
-    num_pairs = max(0, *pairs) + 1
-
-    def prepare(device: str) -> tuple:
-        make = Inputs(device)
-        parameters = [make.normal(*shape) for shape in shapes]
-        gradients = [make.normal(*shape, dtype=DTYPES[dtype]) for shape in shapes]
-        momenta = fresh_momenta(parameters)
-        tables = sgd_tables(parameters, gradients, momenta, pairs, [0] * len(shapes))
-        return (
-            *(parameters, gradients, momenta),
-            *(tables.addresses, tables.layout, tables.pieces),
-            make.given([1] * num_pairs, torch.uint8),
-            make.given([[0.1, 1e-4, 0.9]], torch.float32),
-            make.given([1.0], torch.float32),
-            True,
-            tables.aligned,
-        )
-
-    yield Case(
-        "sgd_step",
-        network.name,
-        dtype,
-        prepare,
-        _sgd_triton,
-        flops=4 * values,
-        read_bytes=values * (8 + DTYPES[dtype].itemsize),
-        written_bytes=8 * values,
-        launches=1,
     )

@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 def like_a_device(monkeypatch):
     """Have Triton's interpreter round as devices do, and call functions without patching again.
 
-    Of itself (Triton 3.8) it cuts float32 off to bfloat16; and it patches the language anew for each
-    call of a function inside of a kernel, which takes most of its time.
+    Of itself (Triton 3.8) it cuts float32 off to bfloat16; and it patches the language anew for
+    each call of a function inside of a kernel, which takes most of its time.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
@@ -48,3 +48,17 @@ def like_a_device(monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_inside)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_stay_inside_their_tensors(request):
+    """Check every access of the kernels' own tests where `make sanitize-kernels` asks for it."""
+    is_asked = os.environ.get("FASTSHIFT_WATCH") == "1"
+    if not is_asked or not request.path.name.startswith("test_kernels"):
+        yield
+        return
+    from interpreter_memory import watch
+
+    with watch() as found:
+        yield
+    assert not found.violations, found.violations[:3]

@@ -200,18 +200,23 @@ def test_losses_of_far_away_logits_lose_nothing():
         )
 
 
+SCHEMA = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL_CHECKS = (*SCHEMA, "test_aot_dispatch_dynamic")
+
+
 # PyTorch's own check asks tensors for gradients that they do not have.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("checks", [SCHEMA, pytest.param(ALL_CHECKS, marks=SLOW)], ids=len)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_the_loss_passes_opcheck(dtype):
+def test_the_loss_passes_opcheck(dtype, checks):
     logits, labels, leaves, d_losses = _loss_case((2, 3, 4), dtype)
     wide = torch.promote_types(dtype, torch.float32)
     logits.requires_grad_()
-    torch.library.opcheck(torch.ops.fastshift.candidate_loss, (logits, labels, leaves, 0.1))
-    torch.library.opcheck(
-        torch.ops.fastshift.candidate_loss_backward,
-        (d_losses.to(wide), logits.detach(), labels, leaves, 0.1),
-    )
+    operators = torch.ops.fastshift
+    given = (logits, labels, leaves, 0.1)
+    torch.library.opcheck(operators.candidate_loss, given, test_utils=checks)
+    given = (d_losses.to(wide), logits.detach(), labels, leaves, 0.1)
+    torch.library.opcheck(operators.candidate_loss_backward, given, test_utils=checks)
 
 
 def test_the_loss_compiles_whole_and_checks_its_gradient():

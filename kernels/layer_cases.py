@@ -1,0 +1,138 @@
+"""The population layer's launches at named levels, for the static checks.
+
+Compulsory bytes are those of the operator's inputs and outputs: rows above, parameters, a node's
+own row, its statistics, and, in training, the row of each of its units, which the backward pass
+needs. Choices that no node has do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Level, Network
+from fastshift.kernels.infer import infer
+from fastshift.kernels.layer import backward, train
+from fastshift.kernels.plan import Op, plan_layer
+
+__all__ = ["catalogue"]
+
+
+def catalogue(network: Network, dtype: str) -> Iterator[Case]:
+    """Yield training, its backward pass and inference of each level of a network."""
+    for level in network.levels:
+        yield from _cases(f"{network.name} {level.name}", level, dtype)
+
+
+def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
+    size = DTYPES[dtype].itemsize
+    plan = plan_layer(level.layer, *level.rows[1:])
+    ops = [level.layer.ops[choice] for choice in level.choice]
+    own = sum(_unit_values(op, plan.images, plan.size) for op in ops if op)
+    flops = sum(_multiply_adds(op, plan.images, plan.size) for op in ops if op)
+    rows = size * math.prod(level.rows)
+    out = size * len(ops) * plan.out_pixels * plan.channels[1]
+    statistics = 4 * sum(5 * op.channels for op in ops if op)
+    moments = 4 * sum(2 * op.channels for op in ops if op)
+    used = set(level.choice)
+    parameters = 4 * sum(math.prod(shape) for choice in used for shape in _shapes(level, choice))
+    convolutions = max((len(op.units) for op in ops if op), default=0)
+    # Where a chain has three depthwise convolutions, each with its product is a launch.
+    longest = max((sum(u.depthwise for u in op.units[: op.main]) for op in ops if op), default=0)
+    is_product = any(not unit.depthwise for op in ops if op for unit in op.units)
+    common: dict[str, Any] = {
+        "load_width": min(16, plan.align * size),
+        "store_width": min(16, plan.align * size),
+        "dot": is_product,
+    }
+    yield Case(
+        "layer_train",
+        site,
+        dtype,
+        lambda device: (*_given(level, dtype, device), plan, True),
+        train,
+        flops=flops,
+        read_bytes=rows + parameters,
+        written_bytes=out + statistics + size * own,
+        launches=convolutions + 2,
+        **common,
+    )
+
+    def after(device: str) -> tuple:
+        make = Inputs(device, 1)
+        given = _given(level, dtype, device)
+        y, *kept = train(*given, plan, True)
+        return make.normal(*y.shape, dtype=y.dtype), *given, *kept, plan, True
+
+    yield Case(
+        "layer_backward",
+        site,
+        dtype,
+        after,
+        backward,
+        flops=2 * flops,
+        read_bytes=out + rows + parameters + statistics + size * own,
+        written_bytes=rows + parameters,
+        launches=convolutions + 2,
+        **common,
+    )
+
+    def fixed(device: str) -> tuple:
+        make = Inputs(device, 1)
+        most = max((op.channels for op in level.layer.ops if op), default=0)
+        moments = make.normal(len(ops), 2 * most).square_()
+        shape = (*plan.out_size, plan.channels[1])
+        return *_given(level, dtype, device), moments, level.layer, shape
+
+    yield Case(
+        "layer_infer",
+        site,
+        dtype,
+        fixed,
+        infer,
+        flops=flops,
+        read_bytes=rows + parameters + moments,
+        written_bytes=out,
+        launches=3 if longest > 1 else 2,
+        **common,
+    )
+
+
+def _given(level: Level, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Rows, the nodes' buffers and parameters."""
+    make = Inputs(device)
+    return (
+        make.normal(*level.rows, dtype=DTYPES[dtype]),
+        make.given(level.parent, torch.int32),
+        make.given(level.choice, torch.int32),
+        [make.normal(*shape) for shape in level.layer.shapes],
+    )
+
+
+def _shapes(level: Level, choice: int) -> list[tuple[int, ...]]:
+    first = level.layer.first_parameter
+    return level.layer.shapes[first[choice] : first[choice + 1]]
+
+
+def _outputs(op: Op, size: tuple[int, int]) -> Iterator[tuple[Any, int]]:
+    """Each unit of an op with the pixels of an image that it writes."""
+    for units in (op.units[: op.main], op.units[op.main :]):
+        at = size
+        for unit in units:
+            at = tuple((side - 1) // unit.stride + 1 for side in at)
+            yield unit, math.prod(at)
+
+
+def _unit_values(op: Op, images: int, size: tuple[int, int]) -> int:
+    return images * sum(pixels * unit.out_channels for unit, pixels in _outputs(op, size))
+
+
+def _multiply_adds(op: Op, images: int, size: tuple[int, int]) -> int:
+    return images * sum(
+        pixels * unit.kernel**2 * unit.out_channels * (1 if unit.depthwise else unit.in_channels)
+        for unit, pixels in _outputs(op, size)
+    )
