@@ -48,13 +48,15 @@ def infer(
     parameters: Sequence[Tensor],
     moments: Tensor,
     layer: PopulationLayer,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Apply the layer with batch norms that normalise by given moments."""
+    """Apply the layer with batch norms that normalise by given moments, into `out` if given."""
     from fastshift.kernels import infer as kernels
 
     shape = layer.output_shape(*map(int, rows.shape[2:]))
     given = [p.contiguous() for p in parameters]
-    return kernels.infer(rows, parent, choice, given, moments, layer, shape)
+    return kernels.infer(rows, parent, choice, given, moments, layer, shape, out=out)
 
 
 def train(
@@ -64,12 +66,18 @@ def train(
     parameters: Sequence[Tensor],
     layer: PopulationLayer,
     keep: bool,
+    *,
+    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply the layer with each batch norm normalising by its node's own moments."""
+    """Apply the layer with each batch norm normalising by its node's own moments.
+
+    Rows, statistics and what is kept go into `into` if given.
+    """
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    return kernels.train(rows.contiguous(), parent, choice, plain(parameters), plan, keep)
+    given = plain(parameters)
+    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep, into=into)
 
 
 def backward(
@@ -82,8 +90,10 @@ def backward(
     saved: Tensor,
     layer: PopulationLayer,
     needs: Sequence[bool],
+    *,
+    d_rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of `train`'s rows."""
+    """Gradients of `train`'s rows; that of the rows above goes into `d_rows` if given."""
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
@@ -97,5 +107,6 @@ def backward(
         saved,
         plan,
         needs[0],
+        d_rows=d_rows,
     )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

@@ -27,8 +27,8 @@ class CapturedStep:
     """A function over static buffers.
 
     On a CUDA device it is run once on a side stream, for what a first call compiles, copies and
-    allocates, then recorded as a CUDA graph; from there on a call is a replay, one launch. Elsewhere
-    the same calls run the function on the same buffers, and `is_captured` stays false.
+    allocates, then recorded as a CUDA graph; from there on a call is a replay, one launch.
+    Elsewhere the same calls run the function on the same buffers, and `is_captured` stays false.
 
     The function must be safe to run once on what its buffers hold at the capture. It must read all
     that varies from its buffers: a number that Python gives it is recorded as it is.
@@ -131,11 +131,15 @@ class CapturedStep:
                     graph.capture_end()
                 except RuntimeError as end:
                     error.__context__ = end
-                raise CaptureError(f"{_name(self.function)}: cannot be captured: {error}") from error
+                raise CaptureError(
+                    f"{_name(self.function)}: cannot be captured: {error}"
+                ) from error
             try:
                 graph.capture_end()
             except RuntimeError as error:
-                raise CaptureError(f"{_name(self.function)}: cannot be captured: {error}") from error
+                raise CaptureError(
+                    f"{_name(self.function)}: cannot be captured: {error}"
+                ) from error
         return graph
 
     def replay(self) -> Any:

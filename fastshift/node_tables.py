@@ -45,9 +45,7 @@ class NodePacking:
         candidates: most leaves of a plan.
     """
 
-    def __init__(
-        self, capacities: Sequence[int], choices: Sequence[int], candidates: int
-    ) -> None:
+    def __init__(self, capacities: Sequence[int], choices: Sequence[int], candidates: int) -> None:
         self.capacities = [*capacities, capacities[-1]]
         # Rows of moments: one for each node or choice, and behind them one for each of padding.
         self.slots = [max(candidates, count) for count in [*choices, 1]]

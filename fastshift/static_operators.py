@@ -9,6 +9,7 @@ device the Triton kernels write there themselves; elsewhere what the operators g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastshift.operators import (
     layer_backward,
     layer_infer,
     layer_train,
+    used_parameters,
 )
 from fastshift.population_layer import parse_layer
 
@@ -150,16 +152,13 @@ def _backward_into(
             torch._foreach_add_(gradients, found)
         return
     # Adding a zero changes no value, and is not worth the time for what no node uses.
-    used = [False] * len(parameters)
-    for index in {index for index in choice.tolist() if index >= 0}:
-        first, last = described.first_parameter[index : index + 2]
-        used[first:last] = [True] * (last - first)
+    used = used_parameters(described, choice, [True] * len(parameters))
     found_rows, found = layer_backward(
         d_out, rows, parent, choice, parameters, statistics, saved, layer, [wanted, *used]
     )
     if wanted:
         d_rows.copy_(found_rows)
-    for gradient, value in zip((g for g, u in zip(gradients, used) if u), found, strict=True):
+    for gradient, value in zip(compress(gradients, used), found, strict=True):
         gradient.add_(value)
 
 

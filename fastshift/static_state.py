@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastshift.graphs import shared_pool
-from fastshift.node_tables import NodePacking, NodeTables, Nodes
+from fastshift.node_tables import NodePacking, Nodes, NodeTables
 from fastshift.row_buffers import Arena
 from fastshift.static_levels import StaticLevel, in_plain_memory, levels_of
 from fastshift.supernet import Supernet

@@ -100,6 +100,7 @@ class StaticUpdate:
         self._moves = torch.zeros(len(self.parameters), dtype=torch.uint8, **zeros)
         self._rates = torch.zeros(len(self.optimizer.param_groups), 3, dtype=wide, **zeros)
         self._coefficient = torch.zeros(1, dtype=wide, **zeros)
+        self._one = torch.ones(1, dtype=wide, **zeros)
         self._nan = torch.full((1,), math.nan, dtype=wide, **zeros)
         self.total = torch.full((1,), math.nan, dtype=torch.float64, **zeros)
         self.scale = torch.ones(1, dtype=torch.float64, **zeros)
@@ -121,8 +122,7 @@ class StaticUpdate:
             torch.arange(count, dtype=torch.int32, device=state.device).view(-1, 1)
             for count in counts
         ]
-        self._targets: list[Tensor] = []
-        self._tracked: list[Tensor] = []
+        self._targets, self._tracked = self._targets_of(ema)
         places, owners, momenta, norms = [], [], [], []
         before = weights_before = 0
         for level, (count, columns) in zip(levels, shapes, strict=True):
@@ -132,21 +132,30 @@ class StaticUpdate:
                 owners += [weights_before + norm.choice] * (2 * norm.channels)
                 momenta += [norm.module.momentum] * (2 * norm.channels)
                 norms.append(weights_before + norm.choice)
-                for kind in ("running_mean", "running_var"):
-                    own = getattr(norm.module, kind)
-                    self._targets.append(own if ema is None else ema[f"{norm.name}.{kind}"])
-                self._tracked.append(norm.module.num_batches_tracked)
             before, weights_before = before + count * columns, weights_before + count
-        if ema is not None:
-            self._tracked, norms = [], []
+        norms = norms[: len(self._tracked)]
         self._places = torch.tensor(places, device=state.device)
         self._owners = torch.tensor(owners, device=state.device)
         self._norms = torch.tensor(norms, device=state.device)
         self._momentum = torch.tensor(momenta, dtype=state.wide, device=state.device)
 
-    def addresses(self) -> list[int]:
-        """Where the moving averages lie, which a captured step goes on using."""
-        return [tensor.data_ptr() for tensor in (*self._targets, *self._tracked)]
+    def _targets_of(self, ema: Mapping[str, Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Moving averages, and counts of their updates where those are kept."""
+        targets, tracked = [], []
+        for level in self.state.levels:
+            for norm in level.norms:
+                for kind in ("running_mean", "running_var"):
+                    own = norm.module._buffers[kind]
+                    targets.append(own if ema is None else ema[f"{norm.name}.{kind}"])
+                if ema is None:
+                    tracked.append(norm.module._buffers["num_batches_tracked"])
+        return targets, tracked
+
+    def moves(self, ema: Mapping[str, Tensor] | None) -> bool:
+        """Whether these are the moving averages that a captured step moves."""
+        targets, tracked = self._targets_of(ema)
+        now, then = targets + tracked, self._targets + self._tracked
+        return len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
 
     def begin(self, plan: Plan, scale: float) -> None:
         """Take what a plan and the optimiser decide: who moves, and at what rates.
@@ -246,7 +255,7 @@ class StaticUpdate:
         # Frozen parts have no part in the norm, not even where theirs is not finite.
         norm = torch.linalg.vector_norm(norms.masked_fill(self._moves == 0, 0.0))
         finite = self.total.isfinite() & norm.isfinite()
-        clip = self._nan.new_ones(1)
+        clip = self._one
         if self.clip_norm is not None:
             clip = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0).view(1)
         self._coefficient.copy_(torch.where(finite, clip, self._nan))

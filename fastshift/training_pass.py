@@ -160,12 +160,8 @@ class TrainingPass(PopulationPass):
     def _backward(self, position: int, nodes: int) -> None:
         level, own = self.state.level(position), self.state.nodes(position, nodes)
         source = self._source(position, nodes, True)
-        if position:
-            d_rows = self.rows.gradient(position - 1, len(source))
-        else:
-            d_rows = source.new_empty(0)
         layer_backward_into(
-            d_rows,
+            self.rows.gradient(position - 1, len(source)) if position else source.new_empty(0),
             [self.update.gradients[p] for p in level.parameters],
             self.rows.gradient(position, nodes),
             source,
@@ -187,9 +183,7 @@ class TrainingPass(PopulationPass):
             pooled = pooled * self.masks[:nodes]
         logits = classify(state, pooled)
         count, _ = state.packing.leaves_of(state.current, nodes)
-        losses, _ = candidate_loss(
-            logits, self.labels, count, label_smoothing=self.label_smoothing
-        )
+        losses, _ = candidate_loss(logits, self.labels, count, label_smoothing=self.label_smoothing)
         weight = state.nodes(1 + state.num_blocks, nodes).weight.double()
         update.total.add_((losses.double() * weight).sum() / self.num_images)
         d_losses = (weight * update.scale / self.num_images).to(losses.dtype)
