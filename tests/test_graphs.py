@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastshift.errors import CaptureError
-from fastshift.graphs import CapturedStep, shared_pool
+from fastshift.graphs import CapturedStep, _side_stream, shared_pool
 
 # Where there are no graphs
 
@@ -75,6 +75,9 @@ class Notes:
                 notes.calls.append("replay")
 
         class Stream:
+            def __init__(self, device=None):
+                pass
+
             def wait_stream(self, other):
                 notes.calls.append("wait")
 
@@ -102,7 +105,9 @@ class Notes:
 def notes(monkeypatch):
     found = Notes()
     monkeypatch.setattr(torch, "cuda", found)
-    return found
+    _side_stream.cache_clear()
+    yield found
+    _side_stream.cache_clear()
 
 
 def test_a_step_is_warmed_up_aside_recorded_once_and_then_replayed(notes):
