@@ -304,13 +304,16 @@ def _print_kernels() -> None:
         backend = cpu.backend()
         level = cpu.instruction_set() if backend == "cpu" else None
         runs = f"{backend}, {level}" if level else backend
+        cuda = cpu.cuda_backend()
     except ConfigError:  # said last
-        backend, level, runs = None, None, "nothing"
+        backend, level, runs, cuda = None, None, "nothing", "nothing"
     print("population layer (scoring, calibration, training):")
     for kernel in ("block forward", "block backward", "block infer"):
         print(f"  {kernel:14} {runs}")
     print(f"  {'others':14} reference: other modules, and units without batch norm")
-    print("implementations:")
+    if torch.cuda.is_available():
+        print(f"  {'on CUDA':14} {cuda}: the operators (fastshift.operators); modules otherwise")
+    print("implementations, of rows on a CPU:")
     _print_choices(cpu.backends(), backend, "FASTSHIFT_BACKEND")
     print("instruction sets of cpu:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
