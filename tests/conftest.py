@@ -41,12 +41,9 @@ def like_a_device(monkeypatch):
         bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
         return interpreter.TensorHandle(bits.numpy(), target.scalar)
 
-    patched = set()
-
     def call_inside(function, *arguments, **options):
-        if function.fn in patched or function.fn.__module__.startswith("fastshift."):
+        if function.fn.__module__.startswith("fastshift."):
             return function.rewrite()(*arguments, **options)
-        patched.add(function.fn)
         return call(function, *arguments, **options)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
