@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_modules(policy, monkeypatch):
     start_ema(net)
     archs = random_archs(net.space, 13, seed=1)
     plain, found = _both(monkeypatch, lambda: _evaluator(net, policy).evaluate(archs))
-    assert (plain.steps, found.steps) == ("modules: FASTSHIFT_STEPS=modules", "static")
+    assert (plain.computed, found.computed) == ("modules: FASTSHIFT_STEPS=modules", "static")
     assert global_error([found.losses], [plain.losses]) < FLOAT64_TOLERANCE
     assert np.array_equal(found.errors, plain.errors)
     for name in ("images", "calibration_images", "sharing", "weights_version"):
@@ -84,7 +84,7 @@ def test_scores_of_narrow_types_are_as_accurate_as_one_path_at_a_time(policy, pr
     found = _evaluator(net, **options).evaluate(archs)
     plain = _evaluator(net, **options, strategy="sequential").evaluate(archs)
     exact = _evaluator(copy.deepcopy(net).double(), policy).evaluate(archs)
-    assert found.steps == "static"
+    assert found.computed == "static"
     assert_as_accurate([found.losses], [plain.losses], [exact.losses])
 
 
@@ -185,7 +185,7 @@ def _train(steps=3, dtype=torch.float64, dropout=0.2, frozen=False, ema=True, si
 )
 def test_updates_are_those_of_the_modules(options, monkeypatch):
     plain, found = _both(monkeypatch, lambda: _train(**options))
-    assert found[2].steps == "static"
+    assert found[2].computed == "static"
     assert plain[0].keys() == found[0].keys()
     assert global_error(found[0].values(), plain[0].values()) < FLOAT64_TOLERANCE
     assert global_error([found[1]], [plain[1]]) < FLOAT64_TOLERANCE
@@ -277,8 +277,8 @@ def test_a_search_gives_what_it_gives_by_modules(monkeypatch):
     (plain, one), (found, two) = _both(monkeypatch, run)
     assert [row.arch for row in found.top] == [row.arch for row in plain.top]
     assert global_error(two.tensors().values(), one.tensors().values()) < FLOAT64_TOLERANCE
-    assert found.steps == {"score": ["static"], "train": ["static"]}
-    assert plain.steps["score"] == ["modules: FASTSHIFT_STEPS=modules"]
+    assert found.computed == {"score": ["static"], "train": ["static"]}
+    assert plain.computed["score"] == ["modules: FASTSHIFT_STEPS=modules"]
 
 
 def _with_hook(net):
@@ -302,18 +302,18 @@ def _without_norm(net):
 def test_a_supernet_without_kernels_runs_by_its_modules_and_says_why(make, why, static):
     net = make()
     found = _evaluator(net).evaluate(random_archs(net.space, 3))
-    assert found.steps.startswith(f"modules: {why}")
+    assert found.computed.startswith(f"modules: {why}")
     trainer = PathTrainer(net, lr=0.1)
     plan = Plan(random_archs(net.space, 2))
     trainer.update(plan, *DATA.train.batch(0, 4), position=0)
-    assert trainer.steps.startswith(f"modules: {why}")
+    assert trainer.computed.startswith(f"modules: {why}")
 
 
 def test_on_a_cpu_the_modules_run_unless_asked_and_another_word_is_refused(monkeypatch):
     monkeypatch.delenv("FASTSHIFT_STEPS", raising=False)
     net = tiny_supernet()
     archs = random_archs(net.space, 2)
-    assert _evaluator(net).evaluate(archs).steps == "modules: graphs need a CUDA device"
+    assert _evaluator(net).evaluate(archs).computed == "modules: graphs need a CUDA device"
     monkeypatch.setenv("FASTSHIFT_STEPS", "graphs")
     with pytest.raises(ConfigError, match=r"'graphs'; expected one of static, modules"):
         _evaluator(net).evaluate(archs)
@@ -380,7 +380,7 @@ def test_a_dense_kernel_in_channels_last_memory_is_moved_into_the_plain_order(st
     archs = random_archs(net.space, 3)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = _evaluator(net).evaluate(archs)
-    assert found.steps == "static"
+    assert found.computed == "static"
     assert all(p.is_contiguous() for p in net.parameters())
     assert changed_tensors(before, net.state_dict()) == set()
     assert isinstance(net.stem._modules["0"].weight, nn.Parameter)
