@@ -48,13 +48,15 @@ def infer(
     parameters: Sequence[Tensor],
     moments: Tensor,
     layer: PopulationLayer,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Apply the layer with batch norms that normalise by given moments."""
+    """Apply the layer with batch norms that normalise by given moments, into `out` if given."""
     from fastshift.kernels import infer as kernels
 
     shape = layer.output_shape(*map(int, rows.shape[2:]))
     given = [p.contiguous() for p in parameters]
-    return kernels.infer(rows, parent, choice, given, moments, layer, shape)
+    return kernels.infer(rows, parent, choice, given, moments, layer, shape, out=out)
 
 
 def _precision() -> str:
@@ -69,13 +71,20 @@ def train(
     parameters: Sequence[Tensor],
     layer: PopulationLayer,
     keep: bool,
+    *,
+    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply the layer with each batch norm normalising by its node's own moments."""
+    """Apply the layer with each batch norm normalising by its node's own moments.
+
+    Rows, statistics and what is kept go into `into` if given.
+    """
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
     given = plain(parameters)
-    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep, _precision())
+    return kernels.train(
+        rows.contiguous(), parent, choice, given, plan, keep, _precision(), into=into
+    )
 
 
 def backward(
@@ -88,8 +97,10 @@ def backward(
     saved: Tensor,
     layer: PopulationLayer,
     needs: Sequence[bool],
+    *,
+    d_rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of `train`'s rows."""
+    """Gradients of `train`'s rows; that of the rows above goes into `d_rows` if given."""
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
@@ -104,5 +115,6 @@ def backward(
         plan,
         needs[0],
         _precision(),
+        d_rows=d_rows,
     )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArchError",
+    "CaptureError",
     "CheckpointError",
     "ConfigError",
     "ConstraintError",
@@ -46,6 +47,10 @@ class ConfigError(FastShiftError, ValueError):
 
 class NonFiniteLossError(FastShiftError, RuntimeError):
     """Several training losses in a row were not finite."""
+
+
+class CaptureError(FastShiftError, RuntimeError):
+    """A step cannot be captured as a CUDA graph, or not replayed."""
 
 
 class MissingExtraError(FastShiftError, ImportError):

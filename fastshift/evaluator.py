@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
+from fastshift.static_supernet import static_supernet
 from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import ChainSupernet, needing_moments
 from fastshift.trie import Plan
@@ -46,6 +47,8 @@ class Scores:
         calibration_images: calibration images per architecture.
         sharing: cost of all paths over the cost computed; 1 for `sequential`.
         seconds: wall time.
+        computed: how the batches were: `captured` as CUDA graphs, `static`, `modules: ` and
+            why not by those, or `sequential`.
     """
 
     errors: np.ndarray
@@ -55,6 +58,7 @@ class Scores:
     calibration_images: int
     sharing: float
     seconds: float
+    computed: str = "modules: nothing to score"
 
 
 class Evaluator:
@@ -140,7 +144,7 @@ class Evaluator:
         begin = time.perf_counter()
         plan = Plan(rows, self.subtrie_size)
         score = self._shared if self.strategy == "shared" else self._sequential
-        wrong, losses, images, calibrated = score(plan)
+        wrong, losses, images, calibrated, computed = score(plan)
         if images == 0:
             raise ValueError("batches: none to score on")
         errors, losses = wrong / images, losses / images
@@ -155,6 +159,7 @@ class Evaluator:
             calibrated,
             sharing if self.strategy == "shared" else 1.0,
             time.perf_counter() - begin,
+            computed,
         )
 
     def _place(self, images: Tensor, labels: Tensor | None = None):
@@ -162,7 +167,25 @@ class Evaluator:
         images = images.to(reference.device, reference.dtype)
         return images, None if labels is None else labels.to(reference.device)
 
-    def _shared(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
+    def _shared(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int, str]:
+        static, computed = static_supernet(self.supernet, plan, self._sample, self.precision)
+        if static is None:
+            return *self._by_modules(plan), computed
+        moments = None
+        if self.batch_norm == "ema":
+            moments = self.supernet.ema
+        elif self.batch_norm == "running":
+            moments = dict(self.supernet.named_buffers())
+        found = static.evaluate(plan, self.batches, self.calibration, self.batch_norm, moments)
+        return *found, computed
+
+    def _sample(self) -> Tensor:
+        first = next(iter(self.batches), None)
+        if first is None:
+            raise ValueError("batches: none to score on")
+        return first[0]
+
+    def _by_modules(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
         supernet, norms = self.supernet, BatchNorms(self.supernet)
         statistics = None
         images = calibrated = 0
@@ -191,7 +214,7 @@ class Evaluator:
         return wrong.cpu().numpy().astype(float), losses.cpu().numpy(), images, calibrated
 
     @torch.no_grad()
-    def _sequential(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
+    def _sequential(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int, str]:
         wrong, losses = np.zeros(plan.num_leaves), np.zeros(plan.num_leaves)
         images = calibrated = 0
         device = next(self.supernet.parameters()).device
@@ -218,4 +241,4 @@ class Evaluator:
                     images += len(y)
         if recalibrates:
             calibrated = sum(len(x) for x, _ in self.calibration)
-        return wrong, losses, images, calibrated
+        return wrong, losses, images, calibrated, "sequential"

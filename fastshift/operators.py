@@ -33,7 +33,14 @@ from fastshift.population_layer import PopulationLayer, parse_layer
 
 _KERNELS = {"reference": _operators_ref, "cpu": _operators_cpu, "triton": _operators_triton}
 
-__all__ = ["implementation", "layer_backward", "layer_infer", "layer_train"]
+__all__ = [
+    "implementation",
+    "layer_backward",
+    "layer_infer",
+    "layer_train",
+    "saved_floats",
+    "used_parameters",
+]
 
 
 def implementation(layer: PopulationLayer, rows: Tensor, parameters: Sequence[Tensor]) -> str:
@@ -258,7 +265,7 @@ def _train_fake(rows, parent, choice, parameters, layer, keep=True):
     out = _fake_rows(described, rows, choice)
     wide = _operators_ref.wide_type(rows, parameters)
     statistics = rows.new_empty(choice.shape[0], described.statistics_floats, dtype=wide)
-    kept = _saved_floats(described, rows, choice, parameters) if keep else 0
+    kept = saved_floats(described, rows, choice, parameters) if keep else 0
     return out, statistics, rows.new_empty(kept, dtype=wide)
 
 
@@ -267,9 +274,10 @@ def _fake_rows(described: PopulationLayer, rows: Tensor, choice: Tensor) -> Tens
     return rows.new_empty(choice.shape[0], rows.shape[1], *shape)
 
 
-def _saved_floats(
+def saved_floats(
     described: PopulationLayer, rows: Tensor, choice: Tensor, parameters: Sequence[Tensor]
 ) -> int:
+    """How many floats `layer_train` keeps for a backward pass of such rows and nodes."""
     images = tuple(int(size) for size in rows.shape[1:4])
     run = _KERNELS[implementation(described, rows, parameters)]
     return choice.shape[0] * run.saved_floats(described, images, rows.dtype)
@@ -278,7 +286,7 @@ def _saved_floats(
 def _backward(d_out, rows, parent, choice, parameters, statistics, saved, layer, needs):
     described = _checked(rows, parent, choice, parameters, layer)
     run, nodes = _kernels(described, rows, parent, choice, parameters)
-    expected = _saved_floats(described, rows, choice, parameters)
+    expected = saved_floats(described, rows, choice, parameters)
     if saved.shape[0] != expected:
         raise ValueError(
             f"saved: {saved.shape[0]} floats; expected {expected}, as layer_train keeps"
@@ -320,7 +328,7 @@ class _Train(torch.autograd.Function):
             return (None,) * (4 + len(parameters))
         # A tensor that is being traced has no values to read, and one elsewhere is not waited for.
         if type(choice) is Tensor and choice.device.type == "cpu":
-            needs = _used(parse_layer(ctx.layer), choice, needs)
+            needs = used_parameters(parse_layer(ctx.layer), choice, needs)
         with torch._C._AutoDispatchBelowAutograd():
             d_rows, found = layer_backward(
                 d_out,
@@ -343,7 +351,9 @@ class _Train(torch.autograd.Function):
         )
 
 
-def _used(described: PopulationLayer, choice: Tensor, needs: Sequence[bool]) -> list[bool]:
+def used_parameters(
+    described: PopulationLayer, choice: Tensor, needs: Sequence[bool]
+) -> list[bool]:
     """`needs` without the parameters of choices that no node has."""
     found = [False] * len(needs)
     for index in {index for index in choice.tolist() if index >= 0}:

@@ -43,6 +43,7 @@ from fastshift.settings import (
     RankOptions,
 )
 from fastshift.space import SearchSpace
+from fastshift.static_supernet import wanted_steps
 from fastshift.tables import ScoreTable, read_scores, write_scores
 from fastshift.versions import versions
 
@@ -292,9 +293,22 @@ def _info(config: Config) -> int:
     else:
         print(f"{'gpu':12} none usable by this torch")
     print("\npopulation core (sampling, trie): C++, compiled")
+    _print_steps()
     _print_kernels()
     check_backend()
     return DONE
+
+
+def _print_steps() -> None:
+    """Print how a batch goes through a plan on each kind of device, and why."""
+    print("steps (a batch through a population, of described supernets):")
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            wanted, why = wanted_steps(torch.device(kind))
+        except ConfigError:  # said last
+            wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
+        how = "CUDA graphs over static buffers" if kind == "cuda" else "static buffers, no graphs"
+        print(f"  {kind:14} {how if wanted == 'static' else wanted}: {why}")
 
 
 def _print_kernels() -> None:

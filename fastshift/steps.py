@@ -20,7 +20,14 @@ from fastshift.levels import Level, Rows, Visit, last_rows, walk
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan, Segment
 
-__all__ = ["Statistics", "calibrate_step", "eval_step", "refuse_random_trunk", "train_step"]
+__all__ = [
+    "Statistics",
+    "calibrate_step",
+    "candidate_random",
+    "eval_step",
+    "refuse_random_trunk",
+    "train_step",
+]
 
 
 @dataclass
@@ -257,7 +264,7 @@ def train_step(
         total = None
         for offset, x in enumerate(rows):
             index = segment.first_leaf + offset
-            with _candidate_random(key, plan.archs[index], images.device):
+            with candidate_random(key, plan.archs[index], images.device):
                 logits, moments = _collect(norms, supernet.head, x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             averages.add(supernet.head, moments, int(plan.counts[index]))
@@ -271,7 +278,7 @@ def train_step(
     # A lone candidate may draw random numbers anywhere; several may not before they split.
     lone = plan.num_leaves == 1
     before_head = (*key, "trunk")
-    with _candidate_random(before_head, plan.archs[0], images.device) if lone else nullcontext():
+    with candidate_random(before_head, plan.archs[0], images.device) if lone else nullcontext():
         x, moments = _collect(norms, supernet.stem, images)
         averages.add(supernet.stem, moments, plan.num_rows)
         split = x.detach().requires_grad_(moving)
@@ -283,8 +290,14 @@ def train_step(
 
 
 @contextmanager
-def _candidate_random(key: tuple, arch: np.ndarray, device: torch.device) -> Iterator[None]:
-    """Give what follows random numbers that depend on (seed, step, candidate) alone."""
+def candidate_random(key: tuple, arch: np.ndarray, device: torch.device) -> Iterator[None]:
+    """Give what follows random numbers that depend on (seed, step, candidate) alone.
+
+    Args:
+        key: (seed, step).
+        arch: the candidate's choices, `[L]`.
+        device: whose generator is set, and afterwards set back.
+    """
     digest = hashlib.blake2b(repr(key).encode() + arch.tobytes(), digest_size=7).digest()
     # torch.manual_seed formats a stack trace for every kind of device not started yet: 2 ms.
     generator = torch.default_generator

@@ -12,6 +12,7 @@ from fastshift.batch_norm import BatchNorms, MovingAverages
 from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError
 from fastshift.evaluator import precision_scope
 from fastshift.optim import PathSGD
+from fastshift.static_supernet import StaticTrainer, static_supernet
 from fastshift.steps import refuse_random_trunk, train_step
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan
@@ -59,6 +60,8 @@ class PathTrainer:
         skipped: updates skipped; `skipped_in_row` of them just now.
         path_images: (path, image) pairs trained on.
         images: images trained on, each counted once a step.
+        computed: how the last update was: `captured` as CUDA graphs, `static`, or
+            `modules: ` and why not by those.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class PathTrainer:
         self.seed = seed
         self.precision = precision
         self.updates = self.skipped = self.skipped_in_row = self.path_images = self.images = 0
+        self.computed = "modules: nothing trained yet"
+        self._static: StaticTrainer | None = None
         self._random_trunk_checked = False
         self._trunk = supernet.trunk_parameters()
 
@@ -118,16 +123,62 @@ class PathTrainer:
             NonFiniteLossError: this is the third update in a row that had to be skipped.
         """
         supernet = self.supernet
+        if lr is not None:
+            self.optimizer.set_lr(lr)
+        if not supernet.training:
+            supernet.train()
+        scale = 1.0 if self.reduction == "sum" else 1.0 / plan.num_rows
+        moving = any(p.requires_grad for p in self._trunk)
+        key = (self.seed, position)
+        trainer = self._static_trainer(plan, images)
+        step = self._step_by_modules if trainer is None else trainer.update
+        total, moved = step(plan, images, labels, key=key, scale=scale, moving=moving)
+        loss = total / plan.num_rows
+        if moved:
+            supernet.version += 1
+            self.updates += 1
+            self.skipped_in_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_row += 1
+        self.path_images += plan.num_rows * len(labels)
+        self.images += len(labels)
+        if self.skipped_in_row >= MAX_SKIPPED:
+            raise NonFiniteLossError(
+                f"loss or gradient: not finite in {self.skipped_in_row} updates in a row "
+                f"(step {position}); lower the learning rate or clip the gradient"
+            )
+        return loss
+
+    def _static_trainer(self, plan: Plan, images: Tensor) -> StaticTrainer | None:
+        """The static steps, where they are to run."""
+        static, self.computed = static_supernet(self.supernet, plan, lambda: images, self.precision)
+        if static is None:
+            self._static = None
+            return None
+        fixed = (self.clip_norm, self.label_smoothing, self.supernet.ema if self.ema else None)
+        if self._static is None or not self._static.serves(static, *fixed):
+            self._static = StaticTrainer(static, self.supernet, self.optimizer, *fixed)
+        return self._static
+
+    def _step_by_modules(
+        self,
+        plan: Plan,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        key: tuple[int, int],
+        scale: float,
+        moving: bool,
+    ) -> tuple[float, bool]:
+        """One update by `steps.train_step`: the losses' sum, and whether anything moved."""
+        supernet = self.supernet
         if plan.num_leaves > 1 and not self._random_trunk_checked:
             refuse_random_trunk(supernet)
             self._random_trunk_checked = True
-        if lr is not None:
-            self.optimizer.set_lr(lr)
         reference = next(supernet.parameters())
         images = images.to(reference.device, reference.dtype)
         labels = labels.to(reference.device)
-        if not supernet.training:
-            supernet.train()
         averages = MovingAverages(self.norms)
         shares = plan.num_leaves > 1
         before = _random_state(reference.device) if shares else None
@@ -139,10 +190,10 @@ class PathTrainer:
                 images,
                 labels,
                 averages,
-                key=(self.seed, position),
+                key=key,
                 label_smoothing=self.label_smoothing,
-                scale=1.0 if self.reduction == "sum" else 1.0 / plan.num_rows,
-                moving=any(p.requires_grad for p in self._trunk),
+                scale=scale,
+                moving=moving,
             )
         if shares and not torch.equal(before, _random_state(reference.device)):
             raise SpaceError(
@@ -150,25 +201,13 @@ class PathTrainer:
                 "share; move what draws them into the head, or train one path at a time"
             )
         counts = torch.as_tensor(plan.counts, dtype=torch.float64, device=losses.device)
-        loss = float((losses * counts).sum()) / plan.num_rows
-        if math.isfinite(loss) and self._clip():
+        total = float((losses * counts).sum())
+        moved = math.isfinite(total) and self._clip()
+        if moved:
             self.optimizer.step()
             averages.apply(supernet.ema if self.ema else None)
-            supernet.version += 1
-            self.updates += 1
-            self.skipped_in_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_row += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.path_images += plan.num_rows * len(labels)
-        self.images += len(labels)
-        if self.skipped_in_row >= MAX_SKIPPED:
-            raise NonFiniteLossError(
-                f"loss or gradient: not finite in {self.skipped_in_row} updates in a row "
-                f"(step {position}); lower the learning rate or clip the gradient"
-            )
-        return loss
+        return total, moved
 
     def _clip(self) -> bool:
         """Clip the gradient where asked to, and say whether it is finite."""

@@ -55,6 +55,7 @@ class Plan:
         counts: rows given for each leaf, `[D]`.
         weights: of each level, the number of rows given below each node, int64 `[M_l]`.
         roots: the segments that start from the stem's output.
+        subtrie_size: as given.
 
     Raises:
         ValueError: `archs` is empty, or `subtrie_size` is below 1.
@@ -64,13 +65,14 @@ class Plan:
         archs = np.ascontiguousarray(archs, np.uint8)
         if archs.ndim != 2 or archs.shape[0] == 0:
             raise ValueError(f"archs: shape {archs.shape}; expected [P, L] with at least one row")
+        self.subtrie_size = int(subtrie_size)
         self.archs, self.inverse, self.counts = np.unique(
             archs, axis=0, return_inverse=True, return_counts=True
         )
         self.inverse = self.inverse.reshape(-1)
         self.archs = np.ascontiguousarray(self.archs)
         self.parent, self.choice, self.offsets, table = core.build_trie(
-            self.archs, int(subtrie_size)
+            self.archs, self.subtrie_size
         )
         before = np.concatenate(([0], np.cumsum(self.counts)))
         self.weights = [before[o[1:]] - before[o[:-1]] for o in self.offsets]

@@ -176,6 +176,7 @@ def infer(
     shape: Sequence[int],
     *,
     precision: str = "ieee",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute a level's nodes with batch norms that normalise by given moments.
 
@@ -188,6 +189,7 @@ def infer(
         layer: what its choices compute.
         shape: of a node's row: height, width, channels.
         precision: of a product of float32: `ieee`, or `tf32`, on tensor cores.
+        out: memory for what is returned, contiguous.
 
     Returns:
         The nodes' rows, `[M, N, H', W', C']`, of the type of `rows`.
@@ -198,7 +200,8 @@ def infer(
             are not there.
     """
     nodes, images = choice.shape[0], rows.shape[1]
-    out = torch.empty((nodes, images, *shape), dtype=rows.dtype, device=rows.device)
+    if out is None:
+        out = torch.empty((nodes, images, *shape), dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
     rows, moments = rows.contiguous(), moments.contiguous()

@@ -55,6 +55,7 @@ def train(
     plan: LayerPlan,
     keep: bool,
     precision: str = "ieee",
+    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a layer with each batch norm normalising by its node's own moments.
 
@@ -65,17 +66,21 @@ def train(
         plan: of the layer, for rows of this size.
         keep: whether a backward pass may follow.
         precision: of a product of float32: `ieee`, or `tf32`.
+        into: memory for what is returned, contiguous; of the last only where `keep`.
 
     Returns:
         The nodes' rows, `[M, N, H', W', C']`, those of padding left as they were; statistics,
         `[M, K]` float32, zeros for padding; and the raw rows, flat float32, empty unless kept.
     """
     nodes, device = choice.shape[0], rows.device
-    shape = (nodes, plan.images, *plan.out_size, plan.channels[1])
-    out = torch.empty(shape, dtype=rows.dtype, device=device)
-    statistics = torch.empty(nodes, plan.statistics_floats, dtype=torch.float32, device=device)
-    elements = plan.kept_elements if keep else plan.passing_elements
-    raw = _raw_rows(plan, nodes, elements, rows)
+    out, statistics, raw = into or (None, None, None)
+    if into is None:
+        shape = (nodes, plan.images, *plan.out_size, plan.channels[1])
+        out = torch.empty(shape, dtype=rows.dtype, device=device)
+        statistics = torch.empty(nodes, plan.statistics_floats, dtype=torch.float32, device=device)
+    if raw is None:
+        elements = plan.kept_elements if keep else plan.passing_elements
+        raw = _raw_rows(plan, nodes, elements, rows)
     if out.numel():
         table, frames = plan.tables(device, kept=keep)
         addresses, _ = address_table(parameters, device)
@@ -227,6 +232,7 @@ def backward(
     plan: LayerPlan,
     needs_rows: bool,
     precision: str = "ieee",
+    d_rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute the gradients of `train`'s rows.
 
@@ -235,6 +241,7 @@ def backward(
         rows, parent, choice, parameters, plan, precision: as for `train`.
         statistics, saved: as it returned them.
         needs_rows: whether the rows' gradient is wanted.
+        d_rows: memory for it, contiguous.
 
     Returns:
         The gradient of `rows`, empty where not wanted, and those of all parameters, each a tensor
@@ -244,7 +251,8 @@ def backward(
     if not d_out.numel():
         d_rows = torch.zeros_like(rows) if needs_rows else rows.new_empty(0)
         return d_rows, [torch.zeros_like(p) for p in parameters]
-    d_rows = torch.empty(rows.shape if needs_rows else 0, dtype=rows.dtype, device=device)
+    if d_rows is None:
+        d_rows = torch.empty(rows.shape if needs_rows else 0, dtype=rows.dtype, device=device)
     gradients = [torch.empty(p.shape, dtype=torch.float32, device=device) for p in parameters]
     sums = d_rows
     if rows.dtype is not torch.float32 and any(step.enters for step in plan.steps):
