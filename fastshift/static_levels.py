@@ -25,7 +25,15 @@ from fastshift.population_layer import (
 )
 from fastshift.supernet import Supernet
 
-__all__ = ["StaticLevel", "StaticNorm", "UnsupportedError", "buckets", "levels_of"]
+__all__ = [
+    "StaticLevel",
+    "StaticNorm",
+    "UnsupportedError",
+    "buckets",
+    "has_hooks",
+    "in_plain_memory",
+    "levels_of",
+]
 
 
 class UnsupportedError(Exception):
@@ -188,14 +196,19 @@ def _units_of(op: nn.Module, name: str) -> list[tuple[str, ConvUnit]]:
     return found
 
 
-def _check_module(name: str, module: nn.Module) -> None:
-    """Refuse what hangs on a module that is not called."""
-    if (
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something hangs on a module that expects it to be called."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    ):
+    )
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse what hangs on a module that is not called."""
+    if has_hooks(module):
         raise UnsupportedError(f"{name}: it has hooks, which expect that it is called")
     if hasattr(module, "parametrizations"):
         raise UnsupportedError(f"{name}: its weight is computed by a parametrization")

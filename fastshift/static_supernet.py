@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fastshift.cpu import backend
 from fastshift.errors import ConfigError
+from fastshift.layers import ConvUnit
 from fastshift.node_tables import NodeTables
 from fastshift.operators import implementation, saved_floats
 from fastshift.optim import PathSGD
 from fastshift.population_pass import PopulationPass
-from fastshift.static_levels import StaticLevel, UnsupportedError, levels_of
+from fastshift.static_levels import StaticLevel, UnsupportedError, has_hooks
 from fastshift.static_state import StaticState
 from fastshift.static_update import StaticUpdate
 from fastshift.supernet import ChainSupernet
@@ -68,6 +69,8 @@ def static_supernet(
         sample: gives a batch, `[N, C, H, W]`; asked only where static steps are wanted.
         precision: `fp32` or `bf16`.
 
+    A supernet that was refused is looked at again each time: it may have been changed.
+
     Returns:
         The steps, or None; and `captured`, `static` (the same functions without graphs), or
         `modules: ` and the reason.
@@ -85,23 +88,24 @@ def static_supernet(
     if device.type == "cpu" and backend() == "reference":
         return None, "modules: FASTSHIFT_BACKEND=reference"
     rows = torch.bfloat16 if precision == "bf16" else dtype
-    image_size = channels, height, width = tuple(sample().shape[1:])
+    image_size = tuple(sample().shape[1:])
+    found, how = _STATICS.get(supernet), "captured" if device.type == "cuda" else "static"
+    if found is not None and found.serves(supernet, image_size, plan, rows):
+        return found, how
+    subtrie_size, room = plan.subtrie_size, max(FEWEST_CANDIDATES, plan.num_leaves)
+    if found is not None:  # two plans of which each is the larger in one way must both fit
+        subtrie_size = max(subtrie_size, found.state.subtrie_size)
+        room = max(room, found.state.candidates)
+    room = 1 << (room - 1).bit_length()
     try:
-        levels = levels_of(supernet, (height, width, channels), plan.subtrie_size)
-        if device.type == "cuda":
-            _check_kernels(levels, rows, device)
-    except UnsupportedError as error:
-        return None, f"modules: {error}"
-    found = _STATICS.get(supernet)
-    if found is None or not found.serves(supernet, levels, image_size, plan, rows):
-        room = max(FEWEST_CANDIDATES, 1 << (plan.num_leaves - 1).bit_length())
-        subtrie_size = plan.subtrie_size
-        if found is not None:  # two plans of which each is the larger in one way must both fit
-            room = max(room, found.state.candidates)
-            subtrie_size = max(subtrie_size, found.state.subtrie_size)
         state = StaticState(supernet, image_size, subtrie_size, room, rows)
-        found = _STATICS[supernet] = StaticSupernet(state)
-    return found, "captured" if device.type == "cuda" else "static"
+        if device.type == "cuda":
+            _check_kernels(state.levels, rows, device)
+    except UnsupportedError as error:
+        _STATICS.pop(supernet, None)
+        return None, f"modules: {error}"
+    found = _STATICS[supernet] = StaticSupernet(supernet, state)
+    return found, how
 
 
 def _check_kernels(levels: list[StaticLevel], dtype: torch.dtype, device: torch.device) -> None:
@@ -133,18 +137,20 @@ class StaticSupernet:
     """The steps of one supernet in one place.
 
     Args:
+        supernet: described.
         state: its buffers.
     """
 
-    def __init__(self, state: StaticState) -> None:
+    def __init__(self, supernet: ChainSupernet, state: StaticState) -> None:
         self.state = state
         self._passes = _Passes(state)
-        self._places = _places(state.levels, state.classifier)
+        # All but the supernet itself, whose key of a weak dictionary a reference would keep alive.
+        self._parts = [module for module in supernet.modules() if module is not supernet]
+        self._fingerprint = _fingerprint(supernet, self._parts)
 
     def serves(
         self,
         supernet: ChainSupernet,
-        levels: list[StaticLevel],
         image_size: tuple[int, int, int],
         plan: Plan,
         dtype: torch.dtype,
@@ -157,9 +163,7 @@ class StaticSupernet:
             and state.dtype is dtype
             and plan.num_leaves <= state.candidates
             and plan.subtrie_size <= state.subtrie_size
-            and supernet.head.classifier is state.classifier
-            and [_facts(level) for level in levels] == [_facts(level) for level in state.levels]
-            and _places(levels, state.classifier) == self._places
+            and _fingerprint(supernet, self._parts) == self._fingerprint
         )
 
     def _scoring_pass(self, images: int) -> PopulationPass:
@@ -326,15 +330,25 @@ def _saved_of(state: StaticState, images: int) -> list[int]:
     ]
 
 
-def _places(levels: Sequence[StaticLevel], classifier: nn.Linear) -> list[int]:
-    """Where the parameters lie."""
-    parameters = [p for level in levels for p in level.parameters]
-    return [p.data_ptr() for p in (*parameters, *classifier.parameters())]
+def _fingerprint(supernet: nn.Module, parts: Sequence[nn.Module]) -> list:
+    """Who follows whom, where parameters lie, and what else is fixed in a captured step.
+
+    It is taken before every update, for which describing the levels would take too long.
+    """
+    found: list = []
+    for module in (supernet, *parts):
+        facts = module.__dict__
+        found += map(id, facts["_modules"].values())
+        for parameter in facts["_parameters"].values():
+            found += (id(parameter), 0 if parameter is None else parameter.data_ptr())
+        if type(module) is ConvUnit:
+            found += [facts[name] for name in _OF_CONVOLUTIONS]
+        elif type(module) is nn.BatchNorm2d:
+            found += [facts[name] for name in _OF_NORMS]
+        found.append(has_hooks(module))
+    return found
 
 
-def _facts(level: StaticLevel) -> tuple:
-    """What is fixed in a captured step beside places."""
-    return level.text, [(id(norm.module), norm.module.momentum) for norm in level.norms]
-
-
+_OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "activation")
+_OF_NORMS = ("eps", "momentum", "track_running_stats")
 _STATICS: WeakKeyDictionary[nn.Module, StaticSupernet] = WeakKeyDictionary()
