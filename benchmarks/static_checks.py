@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["REGISTER_TOLERANCE", "regressions", "shortfalls"]
+__all__ = ["REGISTER_TOLERANCE", "known", "regressions", "shortfalls"]
 
 REGISTER_TOLERANCE = 8  # of a thread: the step in which the compiler's choices jump about
 Record = dict[str, Any]
@@ -21,6 +22,26 @@ def shortfalls(record: Record) -> list[str]:
         record: of `gpu_static`.
     """
     return [line for name in record["cases"] for line in _shortfalls(record, name)]
+
+
+def known(lines: Iterable[str], baseline: Record) -> tuple[list[str], list[str]]:
+    """Part lines of `shortfalls` into those that a baseline has not, and those that it has.
+
+    Args:
+        lines: of a newer record; what they count may differ, `regressions` looks at that.
+        baseline: an older record.
+    """
+    old = {_plain(line) for line in shortfalls(baseline)}
+    lines = list(lines)
+    parts = ([x for x in lines if (_plain(x) in old) is is_old] for is_old in (False, True))
+    new, kept = parts
+    return new, kept
+
+
+def _plain(line: str) -> str:
+    """A line without counts and without what names one machine code of a kernel."""
+    where, _, what = line.rpartition(": ")
+    return re.sub(r" [0-9a-f]{8}\b", "", where) + re.sub(r"\d+", "", what)
 
 
 def _shortfalls(record: Record, name: str) -> Iterator[str]:
@@ -105,8 +126,8 @@ def _worse_code(where: str, code: Record, before: Record, same_compiler: bool) -
     grown = code["registers"] - before["registers"]
     if same_compiler and grown > REGISTER_TOLERANCE:
         yield f"{where}: {code['registers']} registers, {before['registers']} in the record"
-    if code["spills"] and not before["spills"]:
-        yield f"{where}: {code['spills']} spills where there were none"
+    if code["spills"] > before["spills"] and (same_compiler or not before["spills"]):
+        yield f"{where}: {code['spills']} spills, {before['spills']} in the record"
     for kind in ("load_bytes", "store_bytes"):
         if code[kind] < before[kind]:
             yield f"{where}: {kind} {code[kind]}, {before[kind]} in the record"

@@ -66,18 +66,19 @@ def _normalise(
     """Batch norm by given moments, and the activation, of `[P, C]` raw values."""
     mask = offs_c < channels
     at = tl.load(unit + _MOMENTS)
-    mean = tl.load(moments_ptr + at + offs_c, mask=mask, other=0.0)
+    # One vector of channels after the other: held together they would spill beside the values. And
+    # the mean goes first, since scale * raw + shift would cancel far from zero.
+    values -= tl.load(moments_ptr + at + offs_c, mask=mask, other=0.0)[None, :]
     # One where there is no channel, so that an epsilon of zero makes no NaN there.
     variance = tl.load(moments_ptr + at + channels + offs_c, mask=mask, other=1.0)
     eps = tl.load(unit + _EPS).to(tl.int32).to(tl.float32, bitcast=True)
     index = tl.load(unit + _SCALE)
     gamma_ptr = _parameter(address_ptr, index, ADDRESS_ALIGN)
     gamma = tl.load(gamma_ptr + offs_c, mask=mask & (index >= 0), other=1.0)
+    values *= (gamma * tl.rsqrt(variance + eps))[None, :]
     index = tl.load(unit + _SHIFT)
     beta_ptr = _parameter(address_ptr, index, ADDRESS_ALIGN)
-    beta = tl.load(beta_ptr + offs_c, mask=mask & (index >= 0), other=0.0)
-    # The mean goes first: scale * raw + shift would cancel far from zero.
-    values = (values - mean[None, :]) * (gamma * tl.rsqrt(variance + eps))[None, :] + beta[None, :]
+    values += tl.load(beta_ptr + offs_c, mask=mask & (index >= 0), other=0.0)[None, :]
     # A maximum would turn a NaN to zero.
     return tl.where((values < 0.0) & (tl.load(unit + _RELU) != 0), 0.0, values)
 

@@ -81,12 +81,15 @@ def load_input(x_ptr, x_stride, pixel, offs_c, mask, norm, relu, CONTINUES: tl.c
 @triton.jit
 def add_moments(count, mean, square, x, inside, num):
     """Merge a tile's rows `[P, C]`, `num` of them inside, into count, means and squares."""
-    tile_mean = tl.sum(tl.where(inside[:, None], x, 0.0), 0) / num
-    apart = tl.where(inside[:, None], x - tile_mean[None, :], 0.0)
+    rough = tl.sum(tl.where(inside[:, None], x, 0.0), 0) / num
+    apart = tl.where(inside[:, None], x - rough[None, :], 0.0)
+    # Far from zero a sum has more rounding than the mean may: what it missed is small, and exact.
+    missed = tl.sum(apart, 0) / num
     total = count + num
-    delta = tile_mean - mean
+    delta = rough - mean + missed
     mean += delta * (num / total)
-    square += tl.sum(apart * apart, 0) + delta * delta * (count * num / total)
+    square += tl.sum(apart * apart, 0) - num * missed * missed
+    square += delta * delta * (count * num / total)
     return total, mean, square
 
 
