@@ -141,11 +141,13 @@ def _kernels(
         for position, test in enumerate(own):
             file, _, name = test.partition("::")
             names[f"tests/test_kernels_{file}.py::{name}"] = kernel, position == 0
-    wanted = [name for name, (_, is_first) in names.items() if is_first or not tiny]
+    left = [name for name, (_, is_first) in names.items() if tiny and not is_first]
+    wanted = [name for name in names if name not in left]
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        command += [f"--junit-xml={report}", "-o", "junit_family=xunit1", *wanted]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+        command += [f"--deselect={name}" for name in left]
+        command += [f"--junit-xml={report}", "-o", "junit_family=xunit1"]
         environment = {k: v for k, v in os.environ.items() if k != "FASTSHIFT_BACKEND"}
         try:
             done = subprocess.run(
@@ -159,7 +161,7 @@ def _kernels(
         except subprocess.TimeoutExpired as error:
             raise RedGateError(f"the kernels' tests took more than {error.timeout:.0f} s") from None
         if done.returncode:
-            raise RedGateError(f"the kernels' tests:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
+            raise RedGateError(f"the kernels' tests:\n{done.stdout[-6000:]}{done.stderr[-1000:]}")
         cases = ElementTree.parse(report).getroot().iter("testcase")
         passed = {f"{c.get('file')}::{c.get('name')}" for c in cases if not len(c)}
     if missed := [name for name in wanted if name not in passed]:

@@ -11,13 +11,30 @@ from statistics import median
 import numpy as np
 import torch
 
-__all__ = ["Clock", "OutOfTimeError", "Stopwatch", "Times", "in_turns"]
+__all__ = ["Call", "Clock", "OutOfTimeError", "Several", "Stopwatch", "Times", "in_turns"]
 
 SPAN = 2e-3  # seconds between two events at least, so that their own resolution is no matter
 MOST_CALLS = 256  # between two events
 ROUNDS, FEWEST_ROUNDS = 20, 5
 
 Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Several:
+    """A call that does what several calls do, such as a graph of them.
+
+    Attributes:
+        call: does it.
+        number: of calls that it stands for.
+    """
+
+    call: Callable[[], object]
+    number: int
+
+    def __call__(self, _: int) -> object:
+        """Do it, whatever the number of the call."""
+        return self.call()
 
 
 class OutOfTimeError(Exception):
@@ -116,7 +133,7 @@ class Times:
 
 
 def in_turns(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Call | Several],
     stopwatch: Stopwatch,
     clock: Clock,
     *,
@@ -158,8 +175,9 @@ def in_turns(
     fit = int(min(seconds, clock.left) / max(each, 1e-9))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    done = {n: number[n] * (c.number if isinstance(c, Several) else 1) for n, c in calls.items()}
     for turn in range(min(rounds, max(fewest, fit))):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(stopwatch(lambda n=name: run(n)) / number[name])
-    return {name: Times(tuple(samples[name]), number[name], first[name]) for name in names}
+            samples[name].append(stopwatch(lambda n=name: run(n)) / done[name])
+    return {name: Times(tuple(samples[name]), done[name], first[name]) for name in names}
