@@ -27,9 +27,10 @@ import gpu_kernels
 import gpu_networks
 import gpu_search
 from gpu_ceilings import measure
-from gpu_items import PARTS, Bench, Item
+from gpu_items import GATE, PARTS, Bench, Item
 from gpu_report import DRY_RUN, environment, not_measured, tables, write
 from gpu_timing import Clock, OutOfTimeError
+from triton.errors import TritonError
 
 from fastshift.errors import CaptureError
 
@@ -67,7 +68,7 @@ def _run(wanted: list[Item], bench: Bench) -> tuple[list[dict], list[str]]:
             bench.left_out.pop(item.name, None)
             begin = time.perf_counter()
             try:
-                bench.clock.need(0.0, "nothing of it")
+                bench.clock.need(0.0, "its start")
                 found = [{"item": item.name, "part": item.part, **r} for r in item.measure(bench)]
             except OutOfTimeError as error:
                 bench.leave(item.name, f"the time was up: {error}")
@@ -79,6 +80,13 @@ def _run(wanted: list[Item], bench: Bench) -> tuple[list[dict], list[str]]:
             except AssertionError as error:
                 wrong.append(f"{item.name}: {error}")
                 continue
+            except (RuntimeError, TritonError) as error:
+                # After an illegal access nothing on the device can be trusted: no further figure.
+                wrong.append(f"{item.name}: {type(error).__name__}: {error}")
+                settled = {row["item"] for row in rows} | {item.name} | bench.left_out.keys()
+                for other in {other.name for other in wanted} - settled:
+                    bench.leave(other, f"{item.name} failed before it")
+                return rows, wrong
             finally:
                 _release(bench.device)
             rows += found
@@ -137,10 +145,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(bench: Bench, wanted: list[Item], dry_run: str | None, path: Path | None) -> int:
     where = environment(bench.device)
-    bench.clock.until(PARTS["gate"])
+    bench.clock.until(GATE)
     gate = gpu_gate.check(bench.device, bench.clock, tiny=bench.tiny)
     bench.clock.until(1.0)
     bench.ceilings = measure(bench.device, bench.clock, tiny=bench.tiny)
+    bench.clock.share()
     rows, wrong = _run(wanted, bench)
     record = {
         "dry_run": dry_run,

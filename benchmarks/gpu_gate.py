@@ -132,9 +132,7 @@ def check(device: torch.device, clock: Clock, *, tiny: bool) -> dict[str, str]:
     return found
 
 
-def _kernels(
-    tests: dict[str, Iterable[str]], clock: Clock, *, tiny: bool
-) -> dict[str, str]:
+def _kernels(tests: dict[str, Iterable[str]], clock: Clock, *, tiny: bool) -> dict[str, str]:
     """Run tests of the suite, all named in one call: a name that is not there is an error."""
     names = {}
     for kernel, own in tests.items():

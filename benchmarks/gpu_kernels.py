@@ -126,9 +126,7 @@ def _rotating(copies: list[tuple], launcher: Callable) -> Call:
     return lambda number: launcher(*copies[number % len(copies)])
 
 
-def _captured(
-    calls: dict[str, Call], number: int, bench: Bench, case: Case
-) -> dict[str, Several]:
+def _captured(calls: dict[str, Call], number: int, bench: Bench, case: Case) -> dict[str, Several]:
     """Each call over all copies as one graph; where there are none, or one fails, it is told."""
     if bench.device.type != "cuda":
         bench.leave(f"{_name(case)}, graphs", "no CUDA graphs on a CPU")
@@ -173,9 +171,7 @@ def _error(
     return float(f"{error:.3g}")
 
 
-def _references(
-    case: Case, layer: Layer, given: tuple
-) -> Callable[[torch.dtype], Tensor] | None:
+def _references(case: Case, layer: Layer, given: tuple) -> Callable[[torch.dtype], Tensor] | None:
     """What gives a case's first result by PyTorch's ops in a type."""
     if case.name == "candidate_loss":
         return lambda dtype: loss.candidate_loss_ref(given[0].to(dtype), *given[1:])[0]
@@ -282,6 +278,4 @@ def _layer_gradient(layer: Layer, given: tuple) -> Callable[[], object]:
     narrow = [p.to(rows.dtype).requires_grad_() for p in parameters]
     with torch.enable_grad():
         y = _operators_ref.train(used, parent.tolist(), choice.tolist(), narrow, layer)[0]
-    return lambda: torch.autograd.grad(
-        y, [used, *narrow], dy, retain_graph=True, allow_unused=True
-    )
+    return lambda: torch.autograd.grad(y, [used, *narrow], dy, retain_graph=True, allow_unused=True)

@@ -252,9 +252,7 @@ def _ways(
     """The baselines that can be timed, and what compiling took."""
     batch = setting.shift if training else setting.calibration
     kept, compiling = [], {}
-    for way in ways(
-        bench, setting.supernet, precision, training=training, compiles=not bench.tiny
-    ):
+    for way in ways(bench, setting.supernet, precision, training=training, compiles=not bench.tiny):
         if way.variant.kind == "compiled":
             seconds = compiled_ops(bench, way, way.batch(batch)[0], training=training)
             if seconds is None:

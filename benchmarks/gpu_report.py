@@ -20,7 +20,15 @@ __all__ = ["DRY_RUN", "environment", "not_measured", "tables", "write"]
 DRY_RUN = "DRY RUN: on a CPU, at tiny sizes; none of its figures is a result"
 _UNITS = {"copy": ("GB/s", 1e-9)}
 _RATE = ("TFLOP/s", 1e-12)
-_HEAD = ("what", "run by", "median, ms", "20th, 80th", "first call, s", "times faster", "of ceiling")
+_HEAD = (
+    "what",
+    "run by",
+    "median, ms",
+    "20th, 80th",
+    "first call, s",
+    "times faster",
+    "of ceiling",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -56,7 +64,9 @@ def _power_limit(device: torch.device) -> str | None:
 def not_measured(items: Iterable[Item]) -> list[str]:
     """A line for each figure that a GPU would give: ceilings, then items."""
     names = [f"ceilings | {name}" for name in CEILINGS]
-    names += [item.name if item.part in item.name else f"{item.part} | {item.name}" for item in items]
+    names += [
+        item.name if item.part in item.name else f"{item.part} | {item.name}" for item in items
+    ]
     return [f"not measured: {name}" for name in names]
 
 
@@ -74,6 +84,9 @@ def tables(record: Mapping[str, Any]) -> str:
         unit, scale = _UNITS.get(name, _RATE)
         lines.append(f"- {name}: {scale * value:.4g} {unit}")
     lines += ["", *_figures(record["rows"])]
+    cached = [row["item"] for row in record["rows"] if row.get("in_cache")]
+    if cached:
+        lines += ["", "Inputs that fit into the cache: " + "; ".join(dict.fromkeys(cached))]
     if record["left_out"]:
         lines += ["", "Left out:"]
         lines += [f"- {what}: {why}" for what, why in record["left_out"].items()]

@@ -118,9 +118,7 @@ def _timed(bench: Bench, supernet: Supernet, data: SimpleNamespace, **options: A
     return time.perf_counter() - begin, result
 
 
-def _composed(
-    cell: Cell, precision: str, bench: Bench, scored: int, updates: int
-) -> Iterator[Row]:
+def _composed(cell: Cell, precision: str, bench: Bench, scored: int, updates: int) -> Iterator[Row]:
     """What scoring so many candidates and so many updates would take, by the time of a few."""
     setting = Setting(cell, LAST, bench.device)
     archs, chosen = setting.archs, setting.loop([])[1:]

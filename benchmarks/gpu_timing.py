@@ -50,7 +50,7 @@ class Clock:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self._begin = seconds, time.monotonic()
-        self._deadline = seconds
+        self._deadline, self._shared_from = seconds, 0.0
 
     @property
     def spent(self) -> float:
@@ -62,9 +62,13 @@ class Clock:
         """Seconds to the present deadline."""
         return self._deadline - self.spent
 
+    def share(self) -> None:
+        """Let shares be of what is left now."""
+        self._shared_from = self.spent
+
     def until(self, share: float) -> None:
-        """Set the present deadline, as a share of the budget."""
-        self._deadline = share * self.seconds
+        """Set the present deadline, as a share of the budget or of what `share` found left."""
+        self._deadline = self._shared_from + share * (self.seconds - self._shared_from)
 
     def need(self, seconds: float, what: str) -> None:
         """Refuse what takes longer than is left.
@@ -72,9 +76,9 @@ class Clock:
         Raises:
             OutOfTimeError: naming it.
         """
-        if seconds > self.left:
+        if seconds >= self.left:
             raise OutOfTimeError(
-                f"{what}: takes some {seconds:.0f} s, {max(self.left, 0):.0f} s left"
+                f"{what}: takes some {seconds:.1f} s, {max(self.left, 0):.1f} s left"
             )
 
 
@@ -158,10 +162,12 @@ def in_turns(
         OutOfTimeError: the fewest rounds do not fit into what the clock has left.
     """
     first = {name: stopwatch(lambda c=call: c(0)) for name, call in calls.items()}
-    number = {}
-    for name, call in calls.items():
-        once = stopwatch(lambda c=call: c(1))
-        number[name] = min(max(1, math.ceil(SPAN / max(once, 1e-9))), MOST_CALLS)
+    once = {name: stopwatch(lambda c=call: c(1)) for name, call in calls.items()}
+    clock.need(fewest * sum(once.values()), "the fewest rounds")
+    number = {
+        name: min(max(1, math.ceil(SPAN / max(seconds, 1e-9))), MOST_CALLS)
+        for name, seconds in once.items()
+    }
     counts = dict.fromkeys(calls, 0)
 
     def run(name: str) -> None:
@@ -169,9 +175,10 @@ def in_turns(
             calls[name](counts[name])
             counts[name] += 1
 
-    warm = {name: stopwatch(lambda n=name: run(n)) for name in calls}
-    each = sum(warm.values())
-    clock.need(fewest * each, "the fewest rounds")
+    # What is slow is warm by now.
+    each = sum(
+        once[name] if number[name] == 1 else stopwatch(lambda n=name: run(n)) for name in calls
+    )
     fit = int(min(seconds, clock.left) / max(each, 1e-9))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
