@@ -44,9 +44,9 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 COMPILES = os.environ.get("FASTSHIFT_BENCH_COMPILE") == "1"
 
 
-def scope(precision: str) -> AbstractContextManager:
-    """Autocast on CPUs for `bf16`, nothing for `fp32`."""
-    return precision_scope(precision, torch.device("cpu"))
+def scope(precision: str, device: str = "cpu") -> AbstractContextManager:
+    """Autocast on a device for `bf16`, nothing for `fp32`."""
+    return precision_scope(precision, torch.device(device))
 
 
 def median_seconds(call: Callable[[], object], rounds: int = 5) -> float:
@@ -173,12 +173,14 @@ class Variant:
         layout: of `LAYOUTS`.
         cast: weights and rows are bfloat16, in place of autocast; the norms keep their statistics
             in float32.
+        device: where it runs.
     """
 
     precision: str
     kind: str
     layout: str
     cast: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -187,7 +189,7 @@ class Variant:
 
     def scope(self) -> AbstractContextManager:
         """What its calls run under."""
-        return nullcontext() if self.cast else scope(self.precision)
+        return nullcontext() if self.cast else scope(self.precision, self.device)
 
     def rows(self, x: Tensor) -> Tensor:
         """Images or rows as it takes them."""

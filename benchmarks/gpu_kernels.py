@@ -1,0 +1,281 @@
+"""Each kernel at named shapes of three spaces, beside PyTorch's ops on the same device.
+
+PyTorch's side has its weights in the rows' own type and channels innermost, so that it may use the
+same tensor cores; of a gradient its forward pass is not timed. It runs node by node, as a loop over
+architectures does. Both run from Python and, where they can, captured as CUDA graphs: then nothing
+of a time is Python's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from gpu_ceilings import plain_fp32, share
+from gpu_items import Bench, Item, Row
+from gpu_timing import Call, Several, in_turns
+from kernel_sites import SITES, Site, network
+from torch import Tensor
+from torch.nn import functional
+
+from fastshift import _operators_ref
+from fastshift.errors import CaptureError
+from fastshift.graphs import CapturedStep
+from fastshift.kernels import images, loss
+from fastshift.kernels.catalogue import DTYPES, Case, Network, cases
+from fastshift.kernels.plan import Layer
+from fastshift.testing import global_error
+
+__all__ = ["items"]
+
+# Against the reference in float64: fine if twice the reference's own error in the type, or below.
+FLOORS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
+TF32_FLOOR = 1e-3
+MOST_COPIES = 256  # of the inputs, which together are to be larger than the cache
+MOST_BYTES = 4 << 30  # of those copies
+SECONDS = 3.0  # of a case's rounds
+ORDER = ("layer_infer", "layer_train", "layer_backward", "candidate_loss")
+TINY = Site("digits", 8, 4, 2, 1, 1, 1, "block 1", {})
+
+
+def items(*, tiny: bool) -> list[Item]:
+    """Every case: the types that people use first, within them the layers first.
+
+    Args:
+        tiny: at the shapes of a dry run, which Triton's interpreter can run.
+    """
+    sites, dtypes = ((TINY,), ("fp32",)) if tiny else (SITES, ("bf16", "fp32", "fp16"))
+    places = [_place(site, tiny) for site in sites]
+    found = [
+        (case, place.levels[0].layer)
+        for dtype in dtypes
+        for place in places
+        for case in cases(place, dtype)
+    ]
+
+    def rank(pair: tuple[Case, Layer]) -> tuple[int, int]:
+        name = pair[0].name
+        return dtypes.index(pair[0].dtype), ORDER.index(name) if name in ORDER else len(ORDER)
+
+    return [
+        Item("kernels", _name(case), partial(_measure, case, layer))
+        for case, layer in sorted(found, key=rank)
+    ]
+
+
+def _name(case: Case) -> str:
+    return f"{case.name} | {case.site} | {case.dtype}"
+
+
+def _place(site: Site, tiny: bool) -> Network:
+    place = network(site, whole=False)
+    if not tiny:
+        return place
+    # The interpreter takes milliseconds a program: one op, four pixels, some of the parameters.
+    small = {"choice": (3,), "rows": (1, 2, 2, 2, 8)}
+    levels = tuple(replace(level, **small) for level in place.levels)
+    return replace(place, levels=levels, parameters=place.parameters[:4])
+
+
+def _measure(case: Case, layer: Layer, bench: Bench) -> Iterator[Row]:
+    """Check a case, then time it and PyTorch in turns."""
+    copies = _copies(case, bench)
+    with plain_fp32():
+        errors = {"triton": _error(case, layer, copies[0], case.launcher, FLOORS[case.dtype])}
+        calls: dict[str, Call | Several] = {"triton": _rotating(copies, case.launcher)}
+        if case.dtype == "fp32" and case.dot and not bench.tiny:
+            in_tf32 = partial(case.launcher, precision="tf32")
+            errors["triton tf32"] = _error(case, layer, copies[0], in_tf32, TF32_FLOOR)
+            calls["triton tf32"] = _rotating(copies, in_tf32)
+        calls["pytorch"] = _pytorch(case, layer, copies)
+        calls |= _captured(calls, len(copies), bench, case)
+        times = in_turns(calls, bench.stopwatch, bench.clock, seconds=SECONDS, **bench.rounds)
+    for provider, found in times.items():
+        own = found.row()
+        precision = "tf32" if "tf32" in provider else case.dtype
+        rates = share(
+            bench.ceilings,
+            precision,
+            case.flops if case.dot else 0,
+            case.read_bytes + case.written_bytes,
+            1e-3 * own["median_ms"],
+        )
+        is_baseline = provider.startswith("pytorch")
+        yield {
+            "provider": provider,
+            "is_baseline": is_baseline,
+            **own,
+            **rates,
+            "error": None if is_baseline else errors[provider.removesuffix(" graph")],
+            "rotated_bytes": len(copies) * case.read_bytes,
+            "in_cache": len(copies) * case.read_bytes < 2 * bench.cache_bytes,
+        }
+
+
+def _copies(case: Case, bench: Bench) -> list[tuple]:
+    """As many sets of inputs as are twice as large as the cache together, at least two."""
+    wanted = -(-2 * bench.cache_bytes // case.read_bytes)
+    fit = max(MOST_BYTES // (case.read_bytes + case.written_bytes), 1)
+    number = max(min(wanted, fit, MOST_COPIES), 1 if case.read_bytes > MOST_BYTES // 2 else 2)
+    return [case.prepare(bench.device.type) for _ in range(number)]
+
+
+def _rotating(copies: list[tuple], launcher: Callable) -> Call:
+    return lambda number: launcher(*copies[number % len(copies)])
+
+
+def _captured(calls: dict[str, Call], number: int, bench: Bench, case: Case) -> dict[str, Several]:
+    """Each call over all copies as one graph; where there are none, or one fails, it is told."""
+    if bench.device.type != "cuda":
+        bench.leave(f"{_name(case)}, graphs", "no CUDA graphs on a CPU")
+        return {}
+    found = {}
+    for name, call in calls.items():
+
+        def all_copies(call: Call = call) -> None:
+            for index in range(number):
+                call(index)
+
+        step = CapturedStep(all_copies, device=torch.device("cuda", torch.cuda.current_device()))
+        try:
+            step.capture()
+        except (CaptureError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            bench.leave(f"{_name(case)}, {name} graph", why)
+            continue
+        found[f"{name} graph"] = Several(step.replay, number)
+    return found
+
+
+def _error(
+    case: Case, layer: Layer, given: tuple, launcher: Callable, floor: float
+) -> float | None:
+    """The relative error against float64, refused where it is too large.
+
+    None for gradients and steps, which the gate alone compares: PyTorch's gradients in float64
+    would not fit beside the inputs.
+
+    Raises:
+        AssertionError: the error is too large.
+    """
+    reference = _references(case, layer, given)
+    if reference is None:
+        return None
+    found = launcher(*given)
+    found = found[0] if isinstance(found, tuple) else found
+    exact, plain = reference(torch.float64), reference(DTYPES[case.dtype])
+    error, bound = (global_error([a], [exact]) for a in (found, plain))
+    assert error <= max(2 * bound, floor), f"{case.name}: error {error:.3g}, PyTorch's {bound:.3g}"
+    return float(f"{error:.3g}")
+
+
+def _references(case: Case, layer: Layer, given: tuple) -> Callable[[torch.dtype], Tensor] | None:
+    """What gives a case's first result by PyTorch's ops in a type."""
+    if case.name == "candidate_loss":
+        return lambda dtype: loss.candidate_loss_ref(given[0].to(dtype), *given[1:])[0]
+    if case.name == "candidate_loss_backward":
+        return lambda dtype: loss.candidate_loss_backward_ref(
+            given[0], given[1].to(dtype), *given[2:]
+        )
+    if case.name == "augment_images":
+        # Of images float32 is exact but for one rounding, and the result's type rounds once more.
+        return lambda dtype: images.augment_images_ref(
+            *given[:-1], torch.float32 if dtype is torch.float64 else dtype
+        )
+    if case.name in ("layer_infer", "layer_train"):
+        return partial(_layer_rows, layer, given)
+    return None
+
+
+def _layer_rows(layer: Layer, given: tuple, dtype: torch.dtype) -> Tensor:
+    """A level's rows by PyTorch's ops in a type."""
+    rows, parent, choice, parameters = given[:4]
+    rows, parameters = rows.to(dtype), [p.to(dtype) for p in parameters]
+    nodes = parent.tolist(), choice.tolist()
+    if isinstance(given[4], Tensor):
+        return _operators_ref.infer(rows, *nodes, parameters, given[4].to(dtype), layer)
+    return _operators_ref.train(rows, *nodes, parameters, layer)[0]
+
+
+def _pytorch(case: Case, layer: Layer, copies: list[tuple]) -> Call:
+    """PyTorch's ops on the same inputs."""
+    makers = {
+        "sgd_step": _optimizer_step,
+        "candidate_loss": _loss,
+        "candidate_loss_backward": _loss_gradient,
+        "augment_images": lambda given: partial(images.augment_images_ref, *given),
+        "layer_infer": partial(_layer, layer),
+        "layer_train": partial(_layer, layer),
+        "layer_backward": partial(_layer_gradient, layer),
+    }
+    return _rotate([makers[case.name](given) for given in copies])
+
+
+def _rotate(calls: list[Callable[[], object]]) -> Call:
+    return lambda number: calls[number % len(calls)]()
+
+
+def _loss(given: tuple) -> Callable[[], object]:
+    logits, labels, _, smoothing = given
+    flat, repeated = logits.flatten(0, 1), labels.repeat(len(logits))
+
+    def call() -> tuple[Tensor, Tensor]:
+        losses = functional.cross_entropy(
+            flat, repeated, reduction="none", label_smoothing=smoothing
+        )
+        wrong = logits.argmax(dim=2) != labels
+        return losses.view(len(logits), -1).sum(dim=1), wrong.sum(dim=1)
+
+    return call
+
+
+def _loss_gradient(given: tuple) -> Callable[[], object]:
+    d_losses, logits, labels, _, smoothing = given
+    logits = logits.clone().requires_grad_()
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1),
+        labels.repeat(len(logits)),
+        reduction="none",
+        label_smoothing=smoothing,
+    )
+    total = losses.view(len(logits), -1).sum(dim=1)
+    d_total = d_losses.to(total.dtype)
+    return lambda: torch.autograd.grad(total, logits, d_total, retain_graph=True)
+
+
+def _optimizer_step(given: tuple) -> Callable[[], object]:
+    """One fused step of all parameters, as PyTorch has it."""
+    parameters = [p.clone().requires_grad_() for p in given[0]]
+    for parameter, gradient in zip(parameters, given[1], strict=True):
+        parameter.grad = gradient.to(parameter.dtype)
+    is_fused = parameters[0].device.type == "cuda"
+    return torch.optim.SGD(
+        parameters,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        nesterov=True,
+        fused=is_fused,
+        foreach=not is_fused,
+    ).step
+
+
+def _layer(layer: Layer, given: tuple) -> Callable[[], object]:
+    rows, parent, choice, parameters, *rest = given
+    narrow = [p.to(rows.dtype) for p in parameters]
+    nodes = parent.tolist(), choice.tolist()
+    if isinstance(rest[0], Tensor):
+        moments = rest[0].to(rows.dtype)
+        return lambda: _operators_ref.infer(rows, *nodes, narrow, moments, layer)
+    return lambda: _operators_ref.train(rows, *nodes, narrow, layer)
+
+
+def _layer_gradient(layer: Layer, given: tuple) -> Callable[[], object]:
+    dy, rows, parent, choice, parameters = given[:5]
+    used = rows.clone().requires_grad_()
+    narrow = [p.to(rows.dtype).requires_grad_() for p in parameters]
+    with torch.enable_grad():
+        y = _operators_ref.train(used, parent.tolist(), choice.tolist(), narrow, layer)[0]
+    return lambda: torch.autograd.grad(y, [used, *narrow], dy, retain_graph=True, allow_unused=True)
