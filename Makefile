@@ -34,11 +34,14 @@ DIGITS := --space digits --data digits --seed 0 \
 search: $(VENV)/.made-search
 	$(BIN)/fastshift search $(DIGITS) --out $(RUN) --resume
 
+# A process a core, at most four; benchmarks could not be timed so.
+PARALLEL := -n auto --maxprocesses 4 --benchmark-disable
+
 test: $(VENV)/.made-test
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.made-test
-	$(BIN)/pytest -m slow $(ARGS)
+	$(BIN)/pytest -m slow $(PARALLEL) $(ARGS)
 
 # The compiled parts with AddressSanitizer and UBSan, beside the installed ones; needs gcc's runtimes.
 # FS_EMULATE adds the bfloat16 kernels with their instructions spelled out, for any AVX-512 machine.
