@@ -161,7 +161,7 @@ def test_built_in_costs_cannot_be_replaced_and_unknown_ones_are_named(space):
         np.array(["1203"]),
         np.array([[1, 2, 0, 3]], dtype=object),
         np.array([[1, 2, 0, 3]], dtype=np.uint64),
-        (row for row in ["1203"]),
+        pytest.param((row for row in ["1203"]), id="generator"),
     ],
     ids=repr,
 )
