@@ -5,6 +5,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from fastshift import data, errors, ops, spaces
+from fastshift.compiled import CompiledSupernet
 from fastshift.constraints import Constraint, parse_constraints
 from fastshift.errors import FastShiftError
 from fastshift.evaluator import Evaluator, Scores
@@ -23,6 +24,7 @@ from fastshift.weights import load_supernet, save_supernet
 
 __all__ = [
     "ChainSupernet",
+    "CompiledSupernet",
     "Constraint",
     "Evaluator",
     "Evolution",

@@ -15,6 +15,7 @@ from fastshift.errors import ConfigError, FastShiftError, SpaceError
 from fastshift.settings import PlaceOptions
 from fastshift.single_path import fresh_path
 from fastshift.space import SearchSpace
+from fastshift.static_supernet import wanted_steps
 from fastshift.supernet import ChainSupernet, Supernet
 from fastshift.weights import is_described, restored
 
@@ -49,13 +50,14 @@ def of_the_user() -> Iterator[None]:
 
 
 def check_backend() -> None:
-    """Refuse a `FASTSHIFT_BACKEND` or a `FASTSHIFT_CPU_ISA` that cannot run.
+    """Refuse a `FASTSHIFT_BACKEND`, `FASTSHIFT_CPU_ISA` or `FASTSHIFT_STEPS` that cannot run.
 
     Raises:
         ConfigError: with the reason.
     """
     cpu.backend()
     cpu.instruction_set()
+    wanted_steps(torch.device("cpu"))
 
 
 def check_ema(policy: str, supernet: ChainSupernet, *, moves: bool = False) -> None:
@@ -255,10 +257,11 @@ def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -
 def place(config: Config, supernet: ChainSupernet) -> ChainSupernet:
     """Move a supernet to its device and, where `--layout` is an option, to its memory format.
 
-    On a GPU, fp32 is fp32 and runs repeat.
+    On a GPU, fp32 is fp32 and runs repeat; it becomes the current one, where kernels are launched.
     """
     device = device_of(config)
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False

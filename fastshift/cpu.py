@@ -28,6 +28,7 @@ __all__ = [
     "backend",
     "backends",
     "block_of",
+    "cuda_backend",
     "instruction_set",
     "instruction_sets",
     "is_interpreted",
@@ -76,11 +77,16 @@ def backends() -> dict[str, str | None]:
 def _reason(name: str) -> str | None:
     if name != "triton":
         return None
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if not is_interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET=1, for tests without one, is not set"
     return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def is_interpreted() -> bool:
@@ -94,13 +100,27 @@ def backend() -> str:
     Raises:
         ConfigError: the one asked for is unknown or cannot run here.
     """
-    name = os.environ.get("FASTSHIFT_BACKEND") or "cpu"
-    if name not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
+    name = _asked("cpu")
     reason = _reason(name)
     if reason is not None:
         raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {reason}")
+    return name
+
+
+def cuda_backend() -> str:
+    """What computes population layers of rows on a CUDA device: `triton`, or `reference`.
+
+    Raises:
+        ConfigError: the one asked for is unknown.
+    """
+    return "triton" if _asked("triton") == "triton" and _has_triton() else "reference"
+
+
+def _asked(default: str) -> str:
+    name = os.environ.get("FASTSHIFT_BACKEND") or default
+    if name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
     return name
 
 

@@ -47,7 +47,7 @@ class Scores:
         calibration_images: calibration images per architecture.
         sharing: cost of all paths over the cost computed; 1 for `sequential`.
         seconds: wall time.
-        steps: how the batches were computed: `captured` as CUDA graphs, `static`, `modules: ` and
+        computed: how the batches were: `captured` as CUDA graphs, `static`, `modules: ` and
             why not by those, or `sequential`.
     """
 
@@ -58,7 +58,7 @@ class Scores:
     calibration_images: int
     sharing: float
     seconds: float
-    steps: str = "modules: nothing to score"
+    computed: str = "modules: nothing to score"
 
 
 class Evaluator:
@@ -144,7 +144,7 @@ class Evaluator:
         begin = time.perf_counter()
         plan = Plan(rows, self.subtrie_size)
         score = self._shared if self.strategy == "shared" else self._sequential
-        wrong, losses, images, calibrated, steps = score(plan)
+        wrong, losses, images, calibrated, computed = score(plan)
         if images == 0:
             raise ValueError("batches: none to score on")
         errors, losses = wrong / images, losses / images
@@ -159,7 +159,7 @@ class Evaluator:
             calibrated,
             sharing if self.strategy == "shared" else 1.0,
             time.perf_counter() - begin,
-            steps,
+            computed,
         )
 
     def _place(self, images: Tensor, labels: Tensor | None = None):
@@ -168,16 +168,16 @@ class Evaluator:
         return images, None if labels is None else labels.to(reference.device)
 
     def _shared(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int, str]:
-        static, steps = static_supernet(self.supernet, plan, self._sample, self.precision)
+        static, computed = static_supernet(self.supernet, plan, self._sample, self.precision)
         if static is None:
-            return *self._by_modules(plan), steps
+            return *self._by_modules(plan), computed
         moments = None
         if self.batch_norm == "ema":
             moments = self.supernet.ema
         elif self.batch_norm == "running":
             moments = dict(self.supernet.named_buffers())
         found = static.evaluate(plan, self.batches, self.calibration, self.batch_norm, moments)
-        return *found, steps
+        return *found, computed
 
     def _sample(self) -> Tensor:
         first = next(iter(self.batches), None)

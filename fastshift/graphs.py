@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class CapturedStep:
         if not torch.cuda.is_available():
             raise CaptureError(f"capture on {self.device}: this torch finds no usable GPU")
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
+            stream = _side_stream(self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.function(*self.buffers)
@@ -159,6 +160,12 @@ class CapturedStep:
             self.result = self.function(*self.buffers)
         self.replays += 1
         return self.result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps memory of its own for each that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -19,9 +19,7 @@ load torch._dynamo at the first call (2.4 s) and take a list of 36 tensors apart
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastshift import _operators_cpu, _operators_ref, _operators_triton
-from fastshift.cpu import backend, backends, is_interpreted
+from fastshift.cpu import backend, cuda_backend, is_interpreted
 from fastshift.errors import ConfigError
 from fastshift.population_layer import PopulationLayer, parse_layer
 
@@ -79,14 +77,7 @@ def _wanted(rows: Tensor) -> str:
                 "TRITON_INTERPRET=1, for tests without a GPU, is not set"
             )
         return name
-    asked = os.environ.get("FASTSHIFT_BACKEND")
-    can = rows.device.type == "cuda" and _has_triton() and asked not in ("reference", "cpu")
-    return "triton" if can else "reference"
-
-
-@cache
-def _has_triton() -> bool:
-    return backends()["triton"] is None
+    return cuda_backend() if rows.device.type == "cuda" else "reference"
 
 
 def layer_infer(

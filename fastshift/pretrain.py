@@ -112,6 +112,8 @@ class PretrainResult:
         seconds: wall time of this call.
         skipped: updates skipped because the loss was not finite.
         stopped: why it ended early, or None.
+        computed: how the last update was: `captured` as CUDA graphs, `static`, or `modules: ` and
+            why not as graphs.
     """
 
     steps: int
@@ -119,6 +121,7 @@ class PretrainResult:
     seconds: float
     skipped: int
     stopped: str | None = None
+    computed: str = "modules: nothing trained"
 
 
 def sample_paths(
@@ -278,4 +281,5 @@ def pretrain(
                 saved = time.perf_counter()
     save()
     loss = sum(recent) / len(recent) if recent else math.nan
-    return PretrainResult(step, loss, time.perf_counter() - begin, trainer.skipped, stopped)
+    seconds = time.perf_counter() - begin
+    return PretrainResult(step, loss, seconds, trainer.skipped, stopped, trainer.computed)

@@ -43,6 +43,7 @@ from fastshift.settings import (
     RankOptions,
 )
 from fastshift.space import SearchSpace
+from fastshift.static_supernet import wanted_steps
 from fastshift.tables import ScoreTable, read_scores, write_scores
 from fastshift.versions import versions
 
@@ -292,9 +293,22 @@ def _info(config: Config) -> int:
     else:
         print(f"{'gpu':12} none usable by this torch")
     print("\npopulation core (sampling, trie): C++, compiled")
+    _print_steps()
     _print_kernels()
     check_backend()
     return DONE
+
+
+def _print_steps() -> None:
+    """Print how a batch goes through a plan on each kind of device, and why."""
+    print("steps (a batch through a population, of described supernets):")
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            wanted, why = wanted_steps(torch.device(kind))
+        except ConfigError:  # said last
+            wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
+        how = "CUDA graphs over static buffers" if kind == "cuda" else "static buffers, no graphs"
+        print(f"  {kind:14} {how if wanted == 'static' else wanted}: {why}")
 
 
 def _print_kernels() -> None:
@@ -304,13 +318,16 @@ def _print_kernels() -> None:
         backend = cpu.backend()
         level = cpu.instruction_set() if backend == "cpu" else None
         runs = f"{backend}, {level}" if level else backend
+        cuda = cpu.cuda_backend()
     except ConfigError:  # said last
-        backend, level, runs = None, None, "nothing"
+        backend, level, runs, cuda = None, None, "nothing", "nothing"
     print("population layer (scoring, calibration, training):")
     for kernel in ("block forward", "block backward", "block infer"):
         print(f"  {kernel:14} {runs}")
     print(f"  {'others':14} reference: other modules, and units without batch norm")
-    print("implementations:")
+    if torch.cuda.is_available():
+        print(f"  {'on CUDA':14} {cuda}: the operators (fastshift.operators); modules otherwise")
+    print("implementations, of rows on a CPU:")
     _print_choices(cpu.backends(), backend, "FASTSHIFT_BACKEND")
     print("instruction sets of cpu:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")

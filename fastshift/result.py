@@ -34,6 +34,8 @@ class SearchResult:
         space: what the search space says of itself.
         shift: how the supernet was shifted and architectures were scored.
         stopped: why the search ended early, or None.
+        computed: every way in which batches were scored (`score`) and trained on (`train`):
+            `captured` as CUDA graphs, `static`, `sequential`, or `modules: ` and why not as graphs.
     """
 
     best: Scored | None
@@ -48,6 +50,7 @@ class SearchResult:
     shift: dict[str, Any]
     stopped: str | None
     format_arch: Callable[[Any], str] = field(repr=False, compare=False)
+    computed: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-able values, architectures as strings."""
@@ -58,7 +61,7 @@ class SearchResult:
         found = {"format": FORMAT, "best": row(self.best) if self.best else None}
         found |= {"top": [row(s) for s in self.top], "pareto": [row(s) for s in self.pareto]}
         names = ("generations", "seconds", "archs_per_second", "budget", "data", "space", "shift")
-        return found | {name: getattr(self, name) for name in (*names, "stopped")}
+        return found | {name: getattr(self, name) for name in (*names, "stopped", "computed")}
 
 
 class History:

@@ -193,7 +193,7 @@ def top1_error(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     wrong = images_seen = 0
     for images, labels in batches:
         logits = net(images.to(reference.device, reference.dtype))
-        wrong += int((logits.argmax(dim=1).cpu() != labels).sum())
+        wrong += int((logits.argmax(dim=1) != labels.to(logits.device)).sum())
         images_seen += len(labels)
     if images_seen == 0:
         raise ValueError("batches: none to test on")

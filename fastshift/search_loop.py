@@ -169,6 +169,7 @@ class Search:
         """Do the search, yielding wherever its state is whole."""
         while self.training.is_warming_up:
             loss = self.training.warmup.update()
+            self.record.note_computed("train", self.training.warmup.trainer.computed)
             self.progress.advance(0, head_loss=loss)
             yield
         while len(self.record.generations) <= self.options.generations:
@@ -201,6 +202,7 @@ class Search:
             # A skipped update that ends the run has used its mini-batch too.
             self.position += 1
             loss = self.shifter.update(groups[(self.position - 1) // per_group])
+            self.record.note_computed("train", self.shifter.trainer.computed)
             self.progress.advance(0, loss=loss)
             yield
 

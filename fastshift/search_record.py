@@ -31,6 +31,7 @@ class SearchRecord:
         counts: architectures and (architecture, image) pairs scored.
         seconds: wall time up to the last generation's end.
         finished: the strings of the final `top` and `pareto`; None before the end.
+        computed: every way in which batches were scored and trained on so far.
     """
 
     def __init__(self, space: SearchSpace, score_by: str, log: Callable[[Line], None]) -> None:
@@ -40,6 +41,7 @@ class SearchRecord:
         self.counts = {"scored": 0, "validation_images": 0, "calibration_images": 0}
         self.seconds = 0.0
         self.finished: dict[str, Any] | None = None
+        self.computed: dict[str, list[str]] = {"score": [], "train": []}
         self._log = log
         # Of the generation under way.
         self._generation_seconds = 0.0
@@ -57,6 +59,16 @@ class SearchRecord:
         self.seconds += passed
         return passed
 
+    def note_computed(self, work: str, how: str) -> None:
+        """Note how a batch was computed.
+
+        Args:
+            work: `score` or `train`.
+            how: as `Scores.computed`.
+        """
+        if how not in self.computed[work]:
+            self.computed[work].append(how)
+
     def add(
         self, archs: np.ndarray, scores: Scores, *, generation: int, candidates: int = 0
     ) -> None:
@@ -69,6 +81,7 @@ class SearchRecord:
             generation: the present one.
             candidates: 0 for the final evaluation.
         """
+        self.note_computed("score", scores.computed)
         each = scores.seconds / max(1, len(archs))
         flops, params = self.space.flops(archs).tolist(), self.space.params(archs).tolist()
         for i, text in enumerate(self.space.format_all(archs)):
@@ -182,6 +195,7 @@ class SearchRecord:
             shift=shift,
             stopped=stopped,
             format_arch=self.space.format,
+            computed={work: list(found) for work, found in self.computed.items()},
         )
 
     def state(self) -> dict[str, Any]:
@@ -195,6 +209,7 @@ class SearchRecord:
             "seconds": self.seconds + running,
             "generation_seconds": self._generation_seconds + running,
             "finished": self.finished,
+            "computed": self.computed,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -202,4 +217,6 @@ class SearchRecord:
         self.history.rows = state["history"]
         self.generations, self.counts = state["generations"], state["counts"]
         self._sharing, self.finished = state["sharing"], state["finished"]
+        # Runs from before it was noted go on too.
+        self.computed = state.get("computed", self.computed)
         self.seconds, self._generation_seconds = state["seconds"], state["generation_seconds"]

@@ -242,9 +242,12 @@ class StaticUpdate:
             choice, weight: of each node, `[M]` int32; padding has choice -1.
             moments: `[M, K]` float64.
         """
-        shares = (self._choices[position] == choice).double() * weight.double()
-        self.averages[position].addmm_(shares, moments)
-        self.average_weights[position].add_(shares.sum(dim=1))
+        others = self._choices[position] != choice  # [choices, M]
+        weight = weight.double()
+        # Filled, and not multiplied by zero: what is not finite in one choice stays there.
+        shares = (weight.view(-1, 1) * moments).unsqueeze(0).masked_fill(others.unsqueeze(-1), 0.0)
+        self.averages[position].add_(shares.sum(dim=1))
+        self.average_weights[position].add_(weight.unsqueeze(0).masked_fill(others, 0.0).sum(dim=1))
 
     def step(self) -> None:
         """Clip, step, and move the averages, where loss and gradient are finite."""

@@ -60,7 +60,7 @@ class PathTrainer:
         skipped: updates skipped; `skipped_in_row` of them just now.
         path_images: (path, image) pairs trained on.
         images: images trained on, each counted once a step.
-        steps: how the last update was computed: `captured` as CUDA graphs, `static`, or
+        computed: how the last update was: `captured` as CUDA graphs, `static`, or
             `modules: ` and why not by those.
     """
 
@@ -99,7 +99,7 @@ class PathTrainer:
         self.seed = seed
         self.precision = precision
         self.updates = self.skipped = self.skipped_in_row = self.path_images = self.images = 0
-        self.steps = "modules: nothing trained yet"
+        self.computed = "modules: nothing trained yet"
         self._static: StaticTrainer | None = None
         self._random_trunk_checked = False
         self._trunk = supernet.trunk_parameters()
@@ -152,7 +152,7 @@ class PathTrainer:
 
     def _static_trainer(self, plan: Plan, images: Tensor) -> StaticTrainer | None:
         """The static steps, where they are to run."""
-        static, self.steps = static_supernet(self.supernet, plan, lambda: images, self.precision)
+        static, self.computed = static_supernet(self.supernet, plan, lambda: images, self.precision)
         if static is None:
             self._static = None
             return None

@@ -167,45 +167,46 @@ def depthwise_d_weight(
     split, place = program % splits, program // splits
     tile, slot = place % tiles, place // tiles
     record = b.table + first + slot * RECORD
-    sizes = sizes_of(b, record, ALIGN)
-    c_out, positions, kernel = sizes[1], sizes[3], sizes[4]
-    choice = slot // LANES
-    begin, stop = node_span(b.choice, choice, nodes, BLOCK_NODES)
-    share = tl.maximum(tl.cdiv(tl.cdiv(positions, BLOCK_D), splits), 1) * BLOCK_D
-    # A choice without nodes has zeros, which one program knows.
-    parts = tl.where(begin < stop, tl.cdiv(positions, share), 1)
-    if (tl.load(record + ACTIVE) != 0) & (tile * BLOCK_C < c_out) & (split < parts):
-        offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < c_out
-        low = split * share
-        high = tl.minimum(low + share, positions)
-        if SPLITS:
-            if tl.load(record + SPLIT):
-                acc = _sum_d_weight(
-                    b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
-                    2, False, ALIGN, BLOCK_D, TAPS,
-                )  # fmt: skip
+    if tl.load(record + ACTIVE) != 0:
+        sizes = sizes_of(b, record, ALIGN)
+        c_out, positions, kernel = sizes[1], sizes[3], sizes[4]
+        choice = slot // LANES
+        begin, stop = node_span(b.choice, choice, nodes, BLOCK_NODES)
+        share = tl.maximum(tl.cdiv(tl.cdiv(positions, BLOCK_D), splits), 1) * BLOCK_D
+        # A choice without nodes has zeros, which one program knows.
+        parts = tl.where(begin < stop, tl.cdiv(positions, share), 1)
+        if (tile * BLOCK_C < c_out) & (split < parts):
+            offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < c_out
+            low = split * share
+            high = tl.minimum(low + share, positions)
+            if SPLITS:
+                if tl.load(record + SPLIT):
+                    acc = _sum_d_weight(
+                        b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
+                        2, False, ALIGN, BLOCK_D, TAPS,
+                    )  # fmt: skip
+                else:
+                    acc = _sum_d_weight(
+                        b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
+                        1, CONTINUES, ALIGN, BLOCK_D, TAPS,
+                    )  # fmt: skip
             else:
                 acc = _sum_d_weight(
                     b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
                     1, CONTINUES, ALIGN, BLOCK_D, TAPS,
                 )  # fmt: skip
-        else:
-            acc = _sum_d_weight(
-                b, record, sizes, choice, begin, stop, low, high, offs_c, mask_c,
-                1, CONTINUES, ALIGN, BLOCK_D, TAPS,
-            )  # fmt: skip
-        if split == 0:
-            store_norm_gradients(b, record, choice, begin, stop, offs_c, mask_c)
-        rows = tl.arange(0, TAPS)
-        inner = rows[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        partial = b.partial_weights + place.to(tl.int64) * splits * (TAPS * BLOCK_C) + inner
-        tl.store(partial + split * (TAPS * BLOCK_C), acc)
-        if is_last(b.counters + counters + place, parts):
-            total = tl.zeros([TAPS, BLOCK_C], tl.float32)
-            for part in range(parts):
-                total += tl.load(partial + part * (TAPS * BLOCK_C), cache_modifier=".cg")
-            taps = kernel * kernel
-            to = parameter_at(b.destinations, tl.load(record + WEIGHT))
-            to += (offs_c.to(tl.int64) * taps)[None, :] + rows[:, None]
-            tl.store(to, total, mask=(rows < taps)[:, None] & mask_c[None, :])
+            if split == 0:
+                store_norm_gradients(b, record, choice, begin, stop, offs_c, mask_c)
+            rows = tl.arange(0, TAPS)
+            inner = rows[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+            partial = b.partial_weights + place.to(tl.int64) * splits * (TAPS * BLOCK_C) + inner
+            tl.store(partial + split * (TAPS * BLOCK_C), acc)
+            if is_last(b.counters + counters + place, parts):
+                total = tl.zeros([TAPS, BLOCK_C], tl.float32)
+                for part in range(parts):
+                    total += tl.load(partial + part * (TAPS * BLOCK_C), cache_modifier=".cg")
+                taps = kernel * kernel
+                to = parameter_at(b.destinations, tl.load(record + WEIGHT))
+                to += (offs_c.to(tl.int64) * taps)[None, :] + rows[:, None]
+                tl.store(to, total, mask=(rows < taps)[:, None] & mask_c[None, :])

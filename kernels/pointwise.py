@@ -221,46 +221,49 @@ def product_d_weight(
     o_tile, rest = rest % o_tiles, rest // o_tiles
     tap, slot = rest % taps_most, rest // taps_most
     record = b.table + first + slot * RECORD
-    sizes = sizes_of(b, record, ALIGN)
-    c_in, c_out, positions = sizes[0], sizes[1], sizes[3]
-    taps = _taps(sizes, MOVES)
-    choice = slot // LANES
-    begin, stop = node_span(b.choice, choice, nodes, BLOCK_NODES)
-    share = tl.maximum(tl.cdiv(tl.cdiv(positions, BLOCK_D), splits), 1) * BLOCK_D
-    # A choice without nodes has zeros, which one program knows.
-    parts = tl.where(begin < stop, tl.cdiv(positions, share), 1)
-    there = (i_tile * BLOCK_I < c_in) & (o_tile * BLOCK_O < c_out) & (tap < taps)
-    if (tl.load(record + ACTIVE) != 0) & there & (split < parts):
-        offs_o = o_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-        offs_i = i_tile * BLOCK_I + tl.arange(0, BLOCK_I)
-        mask_o, mask_i = offs_o < c_out, offs_i < c_in
-        low = split * share
-        high = tl.minimum(low + share, positions)
-        if SPLITS:
-            if tl.load(record + SPLIT):
-                acc = _sum_d_weight(
-                    b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
-                    2, False, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
-                )  # fmt: skip
+    if tl.load(record + ACTIVE) != 0:
+        sizes = sizes_of(b, record, ALIGN)
+        c_in, c_out, positions = sizes[0], sizes[1], sizes[3]
+        taps = _taps(sizes, MOVES)
+        choice = slot // LANES
+        begin, stop = node_span(b.choice, choice, nodes, BLOCK_NODES)
+        share = tl.maximum(tl.cdiv(tl.cdiv(positions, BLOCK_D), splits), 1) * BLOCK_D
+        # A choice without nodes has zeros, which one program knows.
+        parts = tl.where(begin < stop, tl.cdiv(positions, share), 1)
+        there = (i_tile * BLOCK_I < c_in) & (o_tile * BLOCK_O < c_out) & (tap < taps)
+        if there & (split < parts):
+            offs_o = o_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+            offs_i = i_tile * BLOCK_I + tl.arange(0, BLOCK_I)
+            mask_o, mask_i = offs_o < c_out, offs_i < c_in
+            low = split * share
+            high = tl.minimum(low + share, positions)
+            if SPLITS:
+                if tl.load(record + SPLIT):
+                    acc = _sum_d_weight(
+                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
+                        2, False, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
+                    )  # fmt: skip
+                else:
+                    acc = _sum_d_weight(
+                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
+                        1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
+                    )  # fmt: skip
             else:
                 acc = _sum_d_weight(
                     b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
                     1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
                 )  # fmt: skip
-        else:
-            acc = _sum_d_weight(
-                b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
-                1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
-            )  # fmt: skip
-        if (split == 0) & (tap == 0) & (i_tile == 0):
-            store_norm_gradients(b, record, choice, begin, stop, offs_o, mask_o)
-        inner = tl.arange(0, BLOCK_O)[:, None] * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-        partial = b.partial_weights + place.to(tl.int64) * splits * (BLOCK_O * BLOCK_I) + inner
-        tl.store(partial + split * (BLOCK_O * BLOCK_I), acc)
-        if is_last(b.counters + counters + place, parts):
-            total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-            for part in range(parts):
-                total += tl.load(partial + part * (BLOCK_O * BLOCK_I), cache_modifier=".cg")
-            to = parameter_at(b.destinations, tl.load(record + WEIGHT))
-            to += (offs_o.to(tl.int64) * (c_in * taps))[:, None] + (offs_i * taps + tap)[None, :]
-            tl.store(to, total, mask=mask_o[:, None] & mask_i[None, :])
+            if (split == 0) & (tap == 0) & (i_tile == 0):
+                store_norm_gradients(b, record, choice, begin, stop, offs_o, mask_o)
+            inner = tl.arange(0, BLOCK_O)[:, None] * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+            partial = b.partial_weights + place.to(tl.int64) * splits * (BLOCK_O * BLOCK_I) + inner
+            tl.store(partial + split * (BLOCK_O * BLOCK_I), acc)
+            if is_last(b.counters + counters + place, parts):
+                total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+                for part in range(parts):
+                    total += tl.load(partial + part * (BLOCK_O * BLOCK_I), cache_modifier=".cg")
+                to = parameter_at(b.destinations, tl.load(record + WEIGHT))
+                to += (offs_o.to(tl.int64) * (c_in * taps))[:, None] + (offs_i * taps + tap)[
+                    None, :
+                ]
+                tl.store(to, total, mask=mask_o[:, None] & mask_i[None, :])

@@ -48,6 +48,7 @@ ORDER = (
     "steps",
     "static_operators",
     "static_levels",
+    "compiled",
     "node_tables",
     "row_buffers",
     "static_state",

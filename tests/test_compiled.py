@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import fastshift as fs
+from fastshift.batch_norm import start_ema
+from fastshift.errors import SpaceError
+from fastshift.testing import (
+    FLOAT64_TOLERANCE,
+    assert_as_accurate,
+    chain_supernet,
+    global_error,
+    path_gradients,
+    random_archs,
+    synthetic_data,
+    tiny_supernet,
+)
+
+IMAGES, LABELS = synthetic_data().train.batch(0, 6)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_counters():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _plain(net, archs, images):
+    with torch.no_grad():
+        return torch.stack([net(images, arch) for arch in archs])
+
+
+@pytest.mark.parametrize("policy", ["batch", "running", "ema"])
+def test_logits_are_those_of_one_path_at_a_time(policy):
+    net = tiny_supernet().double()
+    start_ema(net)
+    net.train(policy == "batch")
+    archs = random_archs(net.space, 7, seed=2)
+    compiled = fs.CompiledSupernet(net, batch_norm=policy, subtrie_size=4, backend="eager")
+    with torch.no_grad():
+        found = compiled(IMAGES.double(), archs)
+    assert global_error([found], [_plain(net, archs, IMAGES.double())]) < FLOAT64_TOLERANCE
+
+
+def test_twenty_populations_of_a_bucket_are_compiled_once():
+    net = tiny_supernet()
+    compiled = fs.CompiledSupernet(net, backend="aot_eager")
+    with torch.no_grad():
+        for seed in range(20):
+            archs = np.unique(random_archs(net.space, 20, seed=seed), axis=0)
+            compiled(IMAGES, archs[seed % 4 :][: 5 + seed % 4])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert compiled.shapes == {(8, 6)}
+
+
+def test_another_bucket_and_another_batch_are_compiled_once_each():
+    net = tiny_supernet()
+    compiled = fs.CompiledSupernet(net, backend="eager")
+    with torch.no_grad():
+        for images in (IMAGES, IMAGES[:4]):
+            for archs in ("0000", "1111", "2211"):
+                compiled(images, [archs])
+            compiled(images, ["0000", "1110"])
+            compiled(images, ["0100", "2210"])
+    assert counters["stats"]["unique_graphs"] == 4
+    assert compiled.shapes == {(1, 6), (2, 6), (1, 4), (2, 4)}
+
+
+def test_gradients_are_those_of_one_path_at_a_time():
+    net = tiny_supernet().double().train()
+    archs = np.unique(random_archs(net.space, 5, seed=1), axis=0)
+    compiled = fs.CompiledSupernet(net, backend="aot_eager")
+    logits = compiled(IMAGES.double(), archs)
+    loss = sum(torch.nn.functional.cross_entropy(row, LABELS) for row in logits)
+    loss.backward()
+    plain, _ = path_gradients(net, archs, IMAGES.double(), LABELS)
+    found = {name: p.grad for name, p in net.named_parameters()}
+    assert global_error(found.values(), plain.values()) < FLOAT64_TOLERANCE
+
+
+def test_weights_are_read_at_each_call():
+    net = tiny_supernet().double().train()
+    archs = random_archs(net.space, 3)
+    compiled = fs.CompiledSupernet(net, backend="eager")
+    with torch.no_grad():
+        compiled(IMAGES.double(), archs)
+        net.head.classifier.weight.mul_(-2.0)
+        found = compiled(IMAGES.double(), archs)
+    assert global_error([found], [_plain(net, archs, IMAGES.double())]) < FLOAT64_TOLERANCE
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_cannot_be_one_function_is_refused():
+    with pytest.raises(SpaceError, match="its modules have no kernels"):
+        fs.CompiledSupernet(chain_supernet(), backend="eager")(IMAGES, ["00000"])
+    with pytest.raises(SpaceError, match=r"head\.dropout"):
+        fs.CompiledSupernet(tiny_supernet(dropout=0.1).train(), backend="eager")(IMAGES, ["0000"])
+    with pytest.raises(ValueError, match="'recalibrate'; expected one of batch, running, ema"):
+        fs.CompiledSupernet(tiny_supernet(), batch_norm="recalibrate")
+    with pytest.raises(ValueError, match="before the first shift step"):
+        fs.CompiledSupernet(tiny_supernet(), batch_norm="ema")(IMAGES, ["0000"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+def test_inductor_compiles_it_whole(mode):
+    net = tiny_supernet().train()
+    archs = random_archs(net.space, 5, seed=2)
+    compiled = fs.CompiledSupernet(net, mode=mode)
+    with torch.no_grad():
+        found = compiled(IMAGES, archs)
+    exact = tiny_supernet().double().train()
+    plain = _plain(net, archs, IMAGES)
+    assert_as_accurate([found], [plain], [_plain(exact, archs, IMAGES.double())])
