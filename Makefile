@@ -1,7 +1,7 @@
 # Everything is made inside this folder: `.venv`, `build`, `runs`. `make PYTHON=/path/to/python search` picks a Python.
 
 .DELETE_ON_ERROR:
-.PHONY: search test test-slow sanitize sanitize-kernels bench speed lint format gpu-static clean distclean
+.PHONY: search test test-slow sanitize sanitize-kernels bench speed lint format gpu-static bench-gpu clean distclean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -83,6 +83,11 @@ format: $(VENV)/.made-lint
 # `make gpu-static ARGS=--record` keeps the table as the one to check against.
 gpu-static: $(VENV)/.made-test
 	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python benchmarks/gpu_static.py $(ARGS)
+
+# The GPU's speed, in ten minutes: checked, timed beside two baselines, kept in benchmarks/records.
+# Without a CUDA device it names what is not measured.
+bench-gpu: $(VENV)/.made-test
+	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # What was built and what tools left behind; `distclean` takes the environment and the runs too.
 clean:

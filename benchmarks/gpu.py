@@ -98,8 +98,8 @@ def _run(wanted: list[Item], bench: Bench) -> tuple[list[dict], list[str]]:
 
 def _release(device: torch.device) -> None:
     """Give back what an item held, graphs and their memory among it."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -137,6 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         return _measure(bench, wanted, dry_run, options.json)
     except gpu_gate.RedGateError as error:
         print(f"REFUSED, nothing was timed: {error}")
+        print("\n".join(not_measured(wanted)))
+        return 1
+    except OutOfTimeError as error:
+        print(f"The time was up before anything could be compared with a ceiling: {error}")
         print("\n".join(not_measured(wanted)))
         return 1
     finally:

@@ -64,9 +64,7 @@ def _power_limit(device: torch.device) -> str | None:
 def not_measured(items: Iterable[Item]) -> list[str]:
     """A line for each figure that a GPU would give: ceilings, then items."""
     names = [f"ceilings | {name}" for name in CEILINGS]
-    names += [
-        item.name if item.part in item.name else f"{item.part} | {item.name}" for item in items
-    ]
+    names += [item.name for item in items]
     return [f"not measured: {name}" for name in names]
 
 

@@ -1,0 +1,233 @@
+"""The GPU suite: what it refuses, names and leaves out, and its whole path on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import gpu_gate
+import pytest
+import torch
+from gpu_ceilings import CEILINGS, share
+from gpu_items import Bench, Item
+from gpu_report import DRY_RUN
+from gpu_timing import Clock, OutOfTimeError, Several, in_turns
+
+from fastshift.kernels import loss
+
+ROOT = Path(__file__).parents[1]
+DRY = ["--device", "cpu", "--tiny"]
+CPU = torch.device("cpu")
+KERNELS = (
+    "layer_infer",
+    "layer_train",
+    "layer_backward",
+    "candidate_loss",
+    "candidate_loss_backward",
+    "sgd_step",
+    "augment_images",
+)
+
+
+@pytest.fixture
+def green(monkeypatch):
+    """The kernels' part of the gate, which takes a process of its own, passes."""
+    monkeypatch.setattr(gpu_gate, "_kernels", lambda tests, clock, tiny: dict.fromkeys(tests, ""))
+
+
+def _break_the_loss(monkeypatch):
+    plain = loss._loss_fwd_triton
+
+    def broken(*given):
+        losses, wrong = plain(*given)
+        return losses * 1.001, wrong
+
+    monkeypatch.setattr(loss, "_loss_fwd_triton", broken)
+
+
+def test_without_cuda_everything_is_named_as_not_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--json", str(tmp_path / "record.json")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("No CUDA device")
+    named = set(re.findall(r"^not measured: (.*)$", said, re.MULTILINE))
+    assert named == {f"ceilings | {name}" for name in CEILINGS} | {
+        item.name for item in gpu.items(tiny=False)
+    }
+    for kernel in KERNELS:
+        for site in ("shufflenet_v2 224", "nasbench_macro 32", "digits 8"):
+            assert any(name.startswith(f"{kernel} | {site}") for name in named), (kernel, site)
+    for part in ("evaluator", "shift step"):
+        for generation in (0, 5, 10):
+            assert f"{part} | shufflenet_v2 64 | generation {generation} | bf16" in named
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_kernel_is_refused_by_its_own_test(capsys, monkeypatch, tmp_path):
+    # A plugin of the gate's own process; the other kernels' tests pass there.
+    (tmp_path / "broken_loss.py").write_text(
+        "from fastshift.kernels import loss\n"
+        "plain = loss._loss_fwd_triton\n"
+        "def broken(*given):\n"
+        "    losses, wrong = plain(*given)\n"
+        "    return losses * 1.001, wrong\n"
+        "loss._loss_fwd_triton = broken\n"
+    )
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p broken_loss")
+    record = tmp_path / "record.json"
+    assert gpu.main([*DRY, "--json", str(record)]) == 1
+    said = capsys.readouterr().out
+    assert "REFUSED, nothing was timed" in said
+    assert f"1 failed, {len(gpu_gate.KERNEL_TESTS) - 1} passed" in said
+    assert all(f"not measured: {item.name}" in said for item in gpu.items(tiny=True))
+    assert "median" not in said
+    assert not record.exists()
+
+
+@pytest.mark.usefixtures("green")
+def test_a_wrong_evaluation_is_refused(capsys, monkeypatch):
+    plain = gpu_gate._run
+
+    def run(device, archs, dtype, strategy):
+        found = plain(device, archs, dtype, strategy)
+        if strategy == "shared":
+            found["scores"] = [found["scores"][0] + 1e-3]
+        return found
+
+    monkeypatch.setattr(gpu_gate, "_run", run)
+    assert gpu.main(DRY) == 1
+    assert "REFUSED, nothing was timed: modules, scores: error" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("green")
+def test_a_dry_run_says_so_in_its_table_and_its_record(capsys, tmp_path):
+    path = tmp_path / "record.json"
+    assert gpu.main([*DRY, "--only", r"^evaluator|^candidate_loss", "--json", str(path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == DRY_RUN
+    assert DRY_RUN in said[-3:]
+    record = json.loads(path.read_text())
+    assert record["dry_run"] == DRY_RUN
+    assert record["clock"] == "CPU clock"
+    assert set(record["ceilings"]) == set(CEILINGS)
+    assert set(record["gate"]) > set(gpu_gate.KERNEL_TESTS)
+    assert {"device", "torch", "triton", "python", "commit"} <= set(record["environment"])
+    assert "no CUDA graphs on a CPU" in record["left_out"].values()
+    rows = record["rows"]
+    for row in rows:
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        [line] = [x for x in said if x.startswith(f"{row['item']} ") and f" {row['provider']}" in x]
+        assert f"{row['median_ms']:.4g}" in line
+    evaluator = {row["provider"]: row for row in rows if row["part"] == "evaluator"}
+    assert {"modules", "static", "released loop"} < set(evaluator)
+    assert [name for name in evaluator if name.startswith("eager")]
+    assert evaluator["static"]["of_ceiling"] > 0
+    errors = [row["error"] for row in rows if row["provider"] == "triton"]
+    assert len(errors) == 2
+    assert all(0 <= error < 1e-5 for error in errors)
+
+
+@pytest.mark.usefixtures("green")
+def test_what_turns_out_wrong_has_no_figure(capsys, monkeypatch, tmp_path):
+    _break_the_loss(monkeypatch)
+    path = tmp_path / "record.json"
+    assert gpu.main([*DRY, "--only", r"^candidate_loss \|", "--json", str(path)]) == 1
+    assert "WRONG, so without a figure: candidate_loss" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert record["rows"] == []
+    assert len(record["wrong"]) == 1
+
+
+def _item(name, measure, part="kernels"):
+    return Item(part, name, measure)
+
+
+def test_what_does_not_fit_its_share_is_tried_again_at_the_end_and_else_left_out():
+    asked = []
+
+    def greedy(bench):
+        asked.append(bench.clock.left)
+        if len(asked) == 1:
+            raise OutOfTimeError("too little")
+        yield {"provider": "x"}
+
+    def never(bench):
+        bench.clock.need(10 * bench.clock.seconds, "all of it")
+        yield {}
+
+    bench = Bench(CPU, Clock(100.0), True)
+    wanted = [_item("greedy", greedy, "evaluator"), _item("never", never)]
+    rows, wrong = gpu._run(wanted, bench)
+    assert [row["item"] for row in rows] == ["greedy"]
+    assert asked[0] < 36
+    assert asked[1] > 99
+    assert list(bench.left_out) == ["never"]
+    assert not wrong
+
+
+def test_after_a_failure_of_the_device_nothing_more_is_timed():
+    def fails(bench):
+        raise RuntimeError("an illegal memory access")
+
+    def fine(bench):
+        yield {"provider": "x"}
+
+    bench = Bench(CPU, Clock(100.0), True)
+    wanted = [_item("a", fine), _item("b", fails), _item("c", fine)]
+    rows, wrong = gpu._run(wanted, bench)
+    assert [row["item"] for row in rows] == ["a"]
+    assert wrong == ["b: RuntimeError: an illegal memory access"]
+    assert bench.left_out == {"c": "b failed before it"}
+
+
+def test_calls_are_timed_in_turns_and_each_is_given_its_number():
+    order = []
+
+    def stopwatch(call):
+        before = len(order)
+        call()
+        return float(sum(seconds for _, _, seconds in order[before:]))
+
+    def call(name, seconds):
+        return lambda number: order.append((name, number, seconds))
+
+    calls = {"a": call("a", 4.0), "b": Several(lambda: order.append(("b", 0, 6.0)), 3)}
+    times = in_turns(calls, stopwatch, Clock(1e6), rounds=2, fewest=1)
+    assert times["a"].samples == (4.0, 4.0)
+    assert times["b"].samples == (2.0, 2.0)
+    assert [name for name, _, _ in order] == list("abababba")
+    assert [number for name, number, _ in order if name == "a"] == [0, 1, 0, 1]
+    with pytest.raises(OutOfTimeError, match="the fewest rounds"):
+        in_turns({"a": call("a", 4.0)}, stopwatch, Clock(3.0))
+
+
+def test_a_share_of_the_ceilings_is_the_larger_one():
+    ceilings = {"bf16 product": 1000.0, "copy": 100.0}
+    found = share(ceilings, "bf16", 50, 40, 0.5)
+    assert found == {"of_product": 0.2, "of_copy": 0.8, "of_ceiling": 0.8}
+
+
+def test_a_dry_run_is_one_or_the_other():
+    for options in (["--tiny"], ["--device", "cpu"], [*DRY, "--only", "no such name"]):
+        with pytest.raises(SystemExit):
+            gpu.main(options)
+
+
+@pytest.mark.slow
+def test_the_whole_program_runs_dry(tmp_path):
+    path = tmp_path / "record.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *DRY, "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(path.read_text())
+    items = {row["item"] for row in record["rows"]}
+    assert items == {item.name for item in gpu.items(tiny=True)}
+    parts = {row["part"] for row in record["rows"]}
+    assert parts == {"kernels", "evaluator", "shift step", "search"}
