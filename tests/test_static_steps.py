@@ -88,7 +88,7 @@ def test_scores_of_narrow_types_are_as_accurate_as_one_path_at_a_time(policy, pr
     assert_as_accurate([found.losses], [plain.losses], [exact.losses])
 
 
-@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_no_cut_and_no_company_changes_a_score(size, static):
     net = tiny_supernet().double()
     archs = np.concatenate((random_archs(net.space, 11, seed=3), random_archs(net.space, 4, 3)))
@@ -179,7 +179,7 @@ def _train(steps=3, dtype=torch.float64, dropout=0.2, frozen=False, ema=True, si
         {"clip_norm": 0.5, "head_lr_multiplier": 3.0},
         {"frozen": True, "clip_norm": 0.5},
         {"drift": True, "size": 8},
-        {"momentum": 0.0, "label_smoothing": 0.0, "size": 1},
+        pytest.param({"momentum": 0.0, "label_smoothing": 0.0, "size": 1}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(options) or "shift",
 )
@@ -267,8 +267,8 @@ def test_momenta_go_into_a_checkpoint_and_come_back(monkeypatch):
 
 
 def test_a_search_gives_what_it_gives_by_modules(monkeypatch):
-    options = {"generations": 1, "population": 6, "parents": 3, "top_k": 3, "shift_steps": 2}
-    options |= {"shift_batch_size": 8, "head_warmup_steps": 2, "subtrie_size": 4}
+    options = {"generations": 1, "population": 4, "parents": 2, "top_k": 2, "shift_steps": 2}
+    options |= {"shift_batch_size": 8, "head_warmup_steps": 1, "subtrie_size": 3}
 
     def run():
         net = tiny_supernet(dropout=0.1).double()
