@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -261,6 +262,33 @@ def test_momenta_go_into_a_checkpoint_and_come_back(monkeypatch):
     plain, found = _both(monkeypatch, run)
     assert plain.keys() == found.keys()
     assert global_error(found.values(), plain.values()) < FLOAT64_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("like_a_device")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are compiled here"
+)
+def test_through_the_triton_kernels_padding_and_memory_are_as_the_steps_want_them(monkeypatch):
+    data = synthetic_data(image_size=4, validation=(3,), calibration=(3,))
+    archs = random_archs(tiny_space(), 3, seed=1)
+    monkeypatch.setenv("FASTSHIFT_STEPS", "static")
+
+    def run(backend, dtype=torch.float32):
+        monkeypatch.setenv("FASTSHIFT_BACKEND", backend)
+        net = randomise(Supernet(tiny_space(image_size=4))).to(dtype)
+        start = {name: value.double().clone() for name, value in net.tensors().items()}
+        evaluator = Evaluator(net, data.validation, calibration=data.calibration, subtrie_size=3)
+        scores = evaluator.evaluate(archs)
+        trainer = PathTrainer(net, lr=0.05)
+        trainer.update(Plan(archs, 3), *data.train.batch(0, 3), position=0)
+        assert scores.computed == trainer.computed == "static"
+        assert trainer.updates == 1
+        return [scores.losses], [value - start[name] for name, value in net.tensors().items()]
+
+    found, plain, exact = run("triton"), run("cpu"), run("cpu", torch.float64)
+    for own in zip(found, plain, exact, strict=True):
+        assert_as_accurate(*own)
 
 
 # A whole search, and what says how it ran
