@@ -99,7 +99,7 @@ def steps_by(provider: str, device: torch.device) -> Iterator[str]:
         device: of the supernet.
 
     Yields:
-        How `Scores.steps` begins where it did run.
+        How `Scores.computed` begins where it did run.
     """
     asked, ran = PROVIDERS[device.type][provider]
     before = os.environ.get("FASTSHIFT_STEPS")
@@ -205,7 +205,7 @@ def _run(device: torch.device, archs: np.ndarray, dtype: torch.dtype, strategy: 
     moved = [p.detach() - before[name].detach() for name, p in net.named_parameters()]
     return {
         "scores": [scores.losses],
-        "scores ran": scores.steps,
+        "scores ran": scores.computed,
         "update": moved,
-        "update ran": trainer.steps,
+        "update ran": trainer.computed,
     }
