@@ -59,6 +59,11 @@ def infer(
     return kernels.infer(rows, parent, choice, given, moments, layer, shape, out=out)
 
 
+def _precision() -> str:
+    """Of products of float32, as PyTorch is asked for: exact unless TF32 is allowed."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def train(
     rows: Tensor,
     parent: Tensor,
@@ -77,7 +82,9 @@ def train(
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
     given = plain(parameters)
-    return kernels.train(rows.contiguous(), parent, choice, given, plan, keep, into=into)
+    return kernels.train(
+        rows.contiguous(), parent, choice, given, plan, keep, _precision(), into=into
+    )
 
 
 def backward(
@@ -107,6 +114,7 @@ def backward(
         saved,
         plan,
         needs[0],
+        _precision(),
         d_rows=d_rows,
     )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

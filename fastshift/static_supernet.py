@@ -335,7 +335,7 @@ def _fingerprint(supernet: nn.Module, parts: Sequence[nn.Module]) -> list:
 
     It is taken before every update, for which describing the levels would take too long.
     """
-    found: list = []
+    found: list = [torch.get_float32_matmul_precision()]
     for module in (supernet, *parts):
         facts = module.__dict__
         found += map(id, facts["_modules"].values())

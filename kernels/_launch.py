@@ -29,15 +29,18 @@ class Launch:
     positional: tuple
     arguments: Mapping[str, Any]
     num_warps: int = 4
-    num_stages: int = 2
+    # Of a thread. With none given the assembler aims at more programs at once and spills a few.
+    max_registers: int | None = None
 
     def __call__(self) -> None:
-        self.kernel[self.grid](
-            *self.positional,
-            **self.arguments,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
+        """Launch it on the current stream."""
+        self.kernel[self.grid](*self.positional, **self.arguments, **self.options)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the arguments."""
+        found = {"num_warps": self.num_warps, "num_stages": 2}
+        return found | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,15 @@ def blocks_of(
         return Blocks(
             power_of_2(pixels, 32), power_of_2(outer, 32 if backward else 64), 16, 16, 16, 32, 4
         )
+    wide = dtype is torch.float32
     return Blocks(
         pixels=power_of_2(pixels, 64),
         channels=power_of_2(outer, 64),
-        depth=power_of_2(inner, 32),
+        depth=power_of_2(inner, 16 if wide else 32),
         weight_out=64,
         weight_in=64,
-        weight_pixels=32,
-        warps=8 if dtype is torch.float32 else 4,
+        weight_pixels=16 if wide else 32,
+        warps=8 if wide else 4,
     )
 
 

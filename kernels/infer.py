@@ -26,20 +26,24 @@ from fastshift.kernels.plan import Layer, refuse_capture
 __all__ = ["Blocks", "block_sizes", "infer"]
 
 
+_SHARED = 96 * 1024  # bytes of shared memory that any card since sm_80 gives a program
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A launch's tile, `[positions, channels]` in chunks of `depth` channels, and what it runs on.
 
     Attributes:
         registers: most of a thread: at 128 a multiprocessor holds 16 warps.
+        stages: chunks that the loop of a product alone has in shared memory.
     """
 
     positions: int
     channels: int
     depth: int
     warps: int
-    registers: int = 128
-    stages: int = 3
+    registers: int
+    stages: int
 
 
 def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool) -> Blocks:
@@ -79,15 +83,18 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     channels = min(widths, key=cost)
     positions = images * max(job["out_height"] * job["out_width"] for job in step.all_jobs)
     positions = min(64, max(16, triton.next_power_of_2(positions)))
-    # Sums that a thread holds beside what is loaded: 32 would spill in the narrower tiles, whose
-    # launches do more kinds of jobs.
-    sums = 32 if tensor_cores and channels >= 128 else 16
+    # Sums that a thread holds: 32 would spill in narrower tiles, whose launches do more kinds of
+    # jobs, and beside a depthwise convolution's in all but the widest.
+    holds_32 = channels == 256 or (channels == 128 and "pair" not in kinds)
+    sums = 32 if tensor_cores and holds_32 else 16
     warps = max(4, positions * channels // (32 * sums))
     deepest = max((job["in_channels"] for job in products), default=16)
     # Enough for each thread to read 16 bytes of a chunk at a time.
     depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))
     depth = min(depth, max(16, triton.next_power_of_2(deepest)))
-    return Blocks(positions, channels, depth, warps, registers)
+    chunk = 2 * positions * depth * item_size + 4 * depth * channels  # bytes; twice for a split
+    stages = 3 if 3 * chunk <= _SHARED else 2
+    return Blocks(positions, channels, depth, warps, registers, stages)
 
 
 def num_tiles(step: InferStep, images: int, blocks: Blocks) -> int:

@@ -32,6 +32,7 @@ from fastshift.kernels.record import Backward, Forward
 __all__ = ["backward", "backward_launches", "is_interpreted", "train", "train_launches"]
 
 FRAME_PIXELS, FRAME_CHANNELS = 32, 64
+DEPTHWISE_REGISTERS = 224  # of a thread, backward: two programs of 128 threads and more fit
 
 
 @cache
@@ -354,5 +355,6 @@ def backward_launches(
                 "TAPS": own.taps_room,
             },
             num_warps=own.blocks.warps,
+            max_registers=DEPTHWISE_REGISTERS if step.depthwise else None,
         )
         counters += own.counters

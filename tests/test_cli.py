@@ -411,7 +411,7 @@ def test_spaces_are_listed_with_size_and_costs(capsys):
 
 
 def _info(capsys, monkeypatch, code=0, **environment):
-    for name in ("FASTSHIFT_BACKEND", "FASTSHIFT_CPU_ISA"):
+    for name in ("FASTSHIFT_BACKEND", "FASTSHIFT_CPU_ISA", "FASTSHIFT_STEPS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -447,6 +447,14 @@ def test_info_follows_the_environment(capsys, monkeypatch):
     assert "  block infer    reference\n" in shown
     assert "  reference  runs\n" in shown
     assert "  cpu        does not run: FASTSHIFT_BACKEND=cpu would choose it\n" in shown
+
+
+def test_info_says_how_a_batch_goes_through_a_population(capsys, monkeypatch):
+    assert "  cpu            modules: graphs need a CUDA device\n" in _info(capsys, monkeypatch).out
+    shown = _info(capsys, monkeypatch, FASTSHIFT_STEPS="static").out
+    assert "  cpu            static buffers, no graphs: FASTSHIFT_STEPS=static\n" in shown
+    shown = _info(capsys, monkeypatch, code=2, FASTSHIFT_STEPS="graphs")
+    assert "FASTSHIFT_STEPS: 'graphs'; expected one of static, modules" in shown.err
 
 
 def test_info_ends_with_what_cannot_run(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_scores_of_narrow_types_are_as_accurate_as_one_path_at_a_time(policy, pr
     assert_as_accurate([found.losses], [plain.losses], [exact.losses])
 
 
-@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_no_cut_and_no_company_changes_a_score(size, static):
     net = tiny_supernet().double()
     archs = np.concatenate((random_archs(net.space, 11, seed=3), random_archs(net.space, 4, 3)))
@@ -179,7 +180,7 @@ def _train(steps=3, dtype=torch.float64, dropout=0.2, frozen=False, ema=True, si
         {"clip_norm": 0.5, "head_lr_multiplier": 3.0},
         {"frozen": True, "clip_norm": 0.5},
         {"drift": True, "size": 8},
-        {"momentum": 0.0, "label_smoothing": 0.0, "size": 1},
+        pytest.param({"momentum": 0.0, "label_smoothing": 0.0, "size": 1}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(options) or "shift",
 )
@@ -263,12 +264,39 @@ def test_momenta_go_into_a_checkpoint_and_come_back(monkeypatch):
     assert global_error(found.values(), plain.values()) < FLOAT64_TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("like_a_device")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels are compiled here"
+)
+def test_through_the_triton_kernels_padding_and_memory_are_as_the_steps_want_them(monkeypatch):
+    data = synthetic_data(image_size=4, validation=(3,), calibration=(3,))
+    archs = random_archs(tiny_space(), 3, seed=1)
+    monkeypatch.setenv("FASTSHIFT_STEPS", "static")
+
+    def run(backend, dtype=torch.float32):
+        monkeypatch.setenv("FASTSHIFT_BACKEND", backend)
+        net = randomise(Supernet(tiny_space(image_size=4))).to(dtype)
+        start = {name: value.double().clone() for name, value in net.tensors().items()}
+        evaluator = Evaluator(net, data.validation, calibration=data.calibration, subtrie_size=3)
+        scores = evaluator.evaluate(archs)
+        trainer = PathTrainer(net, lr=0.05)
+        trainer.update(Plan(archs, 3), *data.train.batch(0, 3), position=0)
+        assert scores.computed == trainer.computed == "static"
+        assert trainer.updates == 1
+        return [scores.losses], [value - start[name] for name, value in net.tensors().items()]
+
+    found, plain, exact = run("triton"), run("cpu"), run("cpu", torch.float64)
+    for own in zip(found, plain, exact, strict=True):
+        assert_as_accurate(*own)
+
+
 # A whole search, and what says how it ran
 
 
 def test_a_search_gives_what_it_gives_by_modules(monkeypatch):
-    options = {"generations": 1, "population": 6, "parents": 3, "top_k": 3, "shift_steps": 2}
-    options |= {"shift_batch_size": 8, "head_warmup_steps": 2, "subtrie_size": 4}
+    options = {"generations": 1, "population": 4, "parents": 2, "top_k": 2, "shift_steps": 2}
+    options |= {"shift_batch_size": 8, "head_warmup_steps": 1, "subtrie_size": 3}
 
     def run():
         net = tiny_supernet(dropout=0.1).double()
