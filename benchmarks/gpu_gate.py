@@ -82,7 +82,7 @@ KERNEL_TESTS = {
         f"{_TRAIN}[s1-odd-every_choice-fp32]",
         f"{_TRAIN}[s2-odd-padded-fp32]",
         f"{_TRAIN}[s1-tiny-padded-bf16]",
-        f"{_TRAIN}[s2-tiny-every_choice-fp16]",
+        f"{_TRAIN}[s2-tiny-population4-fp16]",
     ),
 }
 
