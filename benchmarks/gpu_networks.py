@@ -143,7 +143,7 @@ def _evaluator(cell: Cell, generation: int, precision: str, bench: Bench) -> Ite
     def ours(provider: str) -> np.ndarray:
         with steps_by(provider, bench.device) as expected, plain_fp32():
             scores = evaluator.evaluate(archs)
-        assert scores.steps.startswith(expected), f"{provider}: ran as {scores.steps!r}"
+        assert scores.computed.startswith(expected), f"{provider}: ran as {scores.computed!r}"
         return scores.losses
 
     loop, chosen, scale = setting.loop(setting.batches)
@@ -176,7 +176,7 @@ def _shift(cell: Cell, generation: int, precision: str, bench: Bench) -> Iterato
         trainer = trainers[provider]
         with steps_by(provider, bench.device) as expected, plain_fp32():
             loss = trainer.update(setting.plan, *setting.shift, position=0)
-        assert trainer.steps.startswith(expected), f"{provider}: ran as {trainer.steps!r}"
+        assert trainer.computed.startswith(expected), f"{provider}: ran as {trainer.computed!r}"
         return loss
 
     loop, chosen, scale = setting.loop([setting.shift])
