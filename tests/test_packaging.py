@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 PUBLIC = [
     "ChainSupernet",
+    "CompiledSupernet",
     "Constraint",
     "Evaluator",
     "Evolution",
