@@ -130,7 +130,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
       const Geometry geometry = geometry_of(unit, height, width);
       height = geometry.out_height;
       width = geometry.out_width;
-      const int groups = group_count(images);
+      const int groups = group_count(unit, images);
       const int64_t channels = unit.out_channels;
       if (!saved) {
         work[index % 2].reset((place[index + 1].saved - place[index].saved) * size_of(element));

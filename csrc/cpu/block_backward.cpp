@@ -114,7 +114,7 @@ class Block::Pass {
   // Sums over the gradient of what the last unit's norm and activation gave.
   void sum_last(int index) {
     const int64_t out = units_[index].out_channels, rows = positions(index);
-    const int groups = group_count(images_);
+    const int groups = group_count(units_[index], images_);
     double* sums = zeros<double>(kSums, groups * 2 * out);
     parallel(groups, threads_, [&](int group) {
       kernels_.reduce[element_]({group_start(group, groups, images_.count) * rows,
@@ -323,7 +323,7 @@ class Block::Pass {
     const Unit square{false, in, in, 1, 1, false};
     Backward common{};
     common.geometry = geometry_of(square, geometry_[index].height, geometry_[index].width);
-    const int groups = group_count(images_);
+    const int groups = group_count(square, images_);
     common.weight = packed_weight(kernels_, square, matrix.data(), true, element_);
     common.centre = centre.data();
     common.constant = constant.data();

@@ -88,8 +88,9 @@ inline int64_t weight_size(const Unit& unit) {
 }
 
 // Groups of images: a function of the shapes alone.
-inline int group_count(const Images& images) {
-  return static_cast<int>(std::min<int64_t>(images.count, 16));
+inline int group_count(const Unit& unit, const Images& images) {
+  const int64_t room = (int64_t{4} << 20) / (4 * weight_size(unit));
+  return static_cast<int>(std::min(images.count, std::clamp<int64_t>(room, 4, 16)));
 }
 
 // Of a backward pass, where each holds a gradient of the weights of its own, which is not to

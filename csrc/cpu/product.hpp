@@ -210,7 +210,7 @@ void product_forward(const Forward& task, float* scratch) {
   const Geometry& g = task.geometry;
   const int64_t per_image = g.out_height * g.out_width;
   const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
-  const int64_t chunk = even_chunk(g, end - begin), in = depth(g), out = g.out_channels;
+  const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
   const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
   const bool streams = g.kernel == 1 && g.stride == 1;
   const int64_t panels = round_up(out, kPanel) / kPanel;
