@@ -168,7 +168,7 @@ class Block::Pass {
     return task;
   }
 
-  // Where a unit's gradient of x goes, as task `group` of `groups`.
+  // What a unit's gradient of x brings: sums for the norm before, or, of the first, one more term.
   void set_target(const Chain& chain, int index, Source add, Backward& task, double* sums) {
     if (index > chain.first) {
       task.sums = sums;
