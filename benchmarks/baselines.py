@@ -70,18 +70,33 @@ class Turns:
 
     Args:
         calls: of each baseline, by name.
+        precision: also time a large matrix product in it, `fp32` or `bf16`, each round: the ceiling
+            of that moment. In bf16 the better of both counts, since processors without units for it
+            are faster in fp32.
 
     Attributes:
         times: seconds of each baseline, one a round, warm-ups' first.
+        peaks: GFLOP/s of the product, likewise; empty without a precision.
     """
 
-    def __init__(self, calls: dict[str, Callable[[], object]]) -> None:
+    def __init__(
+        self, calls: dict[str, Callable[[], object]], precision: str | None = None
+    ) -> None:
         self._calls = calls
         self.times: dict[str, list[float]] = {name: [] for name in calls}
+        self.peaks: list[float] = []
+        names = {None: (), "fp32": ("fp32",), "bf16": ("fp32", "bf16")}[precision]
+        self._products = [_product(_DTYPES[name], 1024) for name in names]
 
     def __call__(self) -> None:
+        if self._products:
+            self.peaks.append(max(map(_gflops, self._products)))
         for name, call in self._calls.items():
             self.times[name].append(seconds(call)[0])
+
+    def medians(self, rounds: int) -> dict[str, float]:
+        """Median seconds of each call over the last rounds."""
+        return {name: round(median(times[-rounds:]), 4) for name, times in self.times.items()}
 
 
 def agree(
@@ -113,20 +128,31 @@ def agree(
     assert error <= allowed, f"against {what}: {error:.3g} from fp32, PyTorch's {bound:.3g}"
 
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _product(dtype: torch.dtype, size: int) -> Callable[[], Tensor]:
+    a, b = torch.randn(2, size, size, dtype=dtype)
+    return lambda: a @ b
+
+
+def _gflops(product: Callable[[], Tensor], rounds: int = 2) -> float:
+    """Of the fastest of some calls, after one that is not counted."""
+    size = product().shape[0]
+    return 2e-9 * size**3 / min(seconds(product)[0] for _ in range(rounds))
+
+
 def ceiling() -> dict[str, float]:
     """What this machine can do now: large matrix products in GFLOP/s, a large copy in GB/s."""
-
-    def fastest(call: Callable[[], object]) -> float:
-        call()
-        return min(seconds(call)[0] for _ in range(5))
-
-    found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(2, 1536, 1536, dtype=dtype)
-        found[f"{name}_gflops"] = round(2e-9 * 1536**3 / fastest(lambda a=a, b=b: a @ b), 1)
+    found = {
+        f"{name}_gflops": round(_gflops(_product(dtype, 1536), 5), 1)
+        for name, dtype in _DTYPES.items()
+    }
     x = torch.randn(1 << 25)
     y = torch.empty_like(x)
-    found["copy_gb"] = round(8e-9 * x.numel() / fastest(lambda: y.copy_(x)), 1)
+    y.copy_(x)
+    fastest = min(seconds(lambda: y.copy_(x))[0] for _ in range(5))
+    found["copy_gb"] = round(8e-9 * x.numel() / fastest, 1)
     return found
 
 

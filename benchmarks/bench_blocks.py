@@ -61,12 +61,12 @@ class Case:
         self.norms = BatchNorms(SimpleNamespace(**parts, memory_format=None))
 
     def measure(self, benchmark, call, calls):
-        """Time a call in turns with the baselines; their seconds."""
-        turns = Turns(calls)
+        """Time a call in turns with the baselines."""
+        turns = Turns(calls, self.precision if benchmark.enabled else None)
         benchmark.pedantic(call, setup=turns, rounds=self.rounds, warmup_rounds=2)
-        return turns.times
+        return turns
 
-    def note(self, benchmark, item, times, gflop, compile_seconds):
+    def note(self, benchmark, item, turns, gflop, compile_seconds):
         if benchmark.stats is None:
             return
         with scope(self.precision):
@@ -83,7 +83,7 @@ class Case:
             kernels=ran,
             gflop=round(gflop, 4),
             compile_seconds=compile_seconds,
-            **figures(benchmark.stats.stats.data, times),
+            **figures(benchmark.stats.stats.data, turns.times, peaks=turns.peaks),
         )
 
 
@@ -118,8 +118,8 @@ def test_inference(benchmark, block, precision):
 
             compiling |= first_call(variant, call)
             calls[variant.name] = call
-        times = case.measure(benchmark, ours, calls)
-    case.note(benchmark, "block inference", times, case.gflop, compiling)
+        turns = case.measure(benchmark, ours, calls)
+    case.note(benchmark, "block inference", turns, case.gflop, compiling)
 
 
 @each_precision
@@ -151,5 +151,5 @@ def test_training(benchmark, block, precision):
         calls[variant.name] = call
         with torch.no_grad(), variant.scope():
             assert global_error([given], [net(own)]) < TOLERANCE[precision]
-    times = case.measure(benchmark, lambda: ours(own_dy), calls)
-    case.note(benchmark, "block training", times, 3 * case.gflop, compiling)
+    turns = case.measure(benchmark, lambda: ours(own_dy), calls)
+    case.note(benchmark, "block training", turns, 3 * case.gflop, compiling)

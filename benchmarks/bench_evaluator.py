@@ -13,7 +13,7 @@ import generations
 import numpy as np
 import pytest
 import torch
-from baselines import PRECISIONS, Turns, agree, folded, race, scope, seconds, variants
+from baselines import PRECISIONS, Turns, agree, folded, race, scope, variants
 from recording import figures, kernels, note
 from torch import nn
 from torch.nn import functional
@@ -132,8 +132,11 @@ def test_generation(benchmark, cell, precision):
     tried, times, losses = race(calls, archs[SAMPLE], archs, benchmark.enabled)
     # The one without folded norms takes turns; a generation of the other is timed once.
     plain = min((name for name in times if not name.startswith("folded")), key=times.get)
-    turns = Turns({plain: partial(calls[plain], archs)} if benchmark.enabled else {})
-    rounds = 2 if benchmark.enabled else 1
+    timed = benchmark.enabled
+    turns = Turns(
+        {plain: partial(calls[plain], archs)} if timed else {}, precision if timed else None
+    )
+    rounds = 2 if timed else 1
     result = benchmark.pedantic(partial(shared.evaluate, archs), setup=turns, rounds=rounds)
     agree(result.losses, losses, setting.exact(), TOLERANCE[precision], "the baseline")
     if benchmark.stats is None:
@@ -144,7 +147,7 @@ def test_generation(benchmark, cell, precision):
         benchmark,
         "evaluator",
         **setting.fields(result.sharing),
-        **figures(own, once | turns.times, result.sharing),
+        **figures(own, once | turns.times, result.sharing, turns.peaks),
         sampled_seconds={name: round(t, 3) for name, t in tried.items()},
         archs_per_second=round(len(archs) / benchmark.stats.stats.median, 1),
     )
@@ -183,22 +186,24 @@ def test_levers(benchmark, monkeypatch, cell, precision):
     def trie_off():
         return np.concatenate([shared.evaluate(archs[i : i + 1]).losses for i in range(len(archs))])
 
-    off = {}
-    off["trie"], found = seconds(trie_off)
-    losses = {"trie": found}
-    off["calibration sharing"], losses["calibration sharing"] = seconds(
-        lambda: calibrate_one_at_a_time(setting)
-    )
+    def fusion_off():
+        with monkeypatch.context() as patch:
+            patch.setenv("FASTSHIFT_BACKEND", "reference")
+            return shared.evaluate(archs).losses
+
+    off = {
+        "trie": trie_off,
+        "calibration sharing": lambda: calibrate_one_at_a_time(setting),
+        "fusion": fusion_off,
+    }
+    losses = {lever: call() for lever, call in off.items()}
     if precision == "bf16":
         full = setting.evaluator("fp32")
-        full.evaluate(archs[:2])
-        off["precision"], found = seconds(lambda: full.evaluate(archs))
-    with monkeypatch.context() as patch:
-        patch.setenv("FASTSHIFT_BACKEND", "reference")
-        shared.evaluate(archs[:2])
-        off["fusion"], found = seconds(lambda: shared.evaluate(archs))
-        losses["fusion"] = found.losses
-    result = benchmark.pedantic(shared.evaluate, (archs,), rounds=3 if benchmark.enabled else 1)
+        off["precision"] = lambda: full.evaluate(archs)
+        off["precision"]()
+    turns = Turns(off if benchmark.enabled else {})
+    rounds = 2 if benchmark.enabled else 1
+    result = benchmark.pedantic(partial(shared.evaluate, archs), setup=turns, rounds=rounds)
     for lever, found in losses.items():
         agree(result.losses, found, setting.exact(), TOLERANCE[precision], f"no {lever}")
     note(
@@ -206,5 +211,5 @@ def test_levers(benchmark, monkeypatch, cell, precision):
         "evaluator levers",
         **setting.fields(result.sharing),
         sharing=round(result.sharing, 3),
-        without={lever: round(t, 3) for lever, t in off.items()},
+        without=turns.medians(rounds),
     )

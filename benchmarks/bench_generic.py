@@ -10,12 +10,13 @@ population of one has nothing to share: there the ratio is that of the modules a
 from __future__ import annotations
 
 import copy
-from time import perf_counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from baselines import LAYOUTS
+from baselines import LAYOUTS, Turns
+from recording import figures, note
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -155,29 +156,21 @@ def test_generation(benchmark, monkeypatch, population, policy):
     monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
     np.testing.assert_allclose(found.losses, score.evaluate(archs).losses, rtol=1e-4)
     monkeypatch.delenv("FASTSHIFT_BACKEND")
-    rounds = 2 if population > 1 else 9
-    benchmark.pedantic(score.evaluate, (archs,), rounds=rounds, warmup_rounds=0)
+    timed = benchmark.enabled
+    turns = Turns({name: partial(way, archs) for name, way in ways.items() if timed})
+    rounds = (2 if population > 1 else 9) if timed else 1
+    benchmark.pedantic(partial(score.evaluate, archs), setup=turns, rounds=rounds)
     if benchmark.stats is None:
         return
-    # In turns, so that what else the machine does weighs on all alike.
-    ways["own"] = score.evaluate
-    times = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begin = perf_counter()
-            way(archs)
-            times[name] = min(times[name], perf_counter() - begin)
-    own = times.pop("own")
-    best = min(times, key=times.get)
-    ratio = times[best] / own
-    benchmark.extra_info.update(
-        own_seconds=round(own, 3),
-        seconds={key: round(value, 3) for key, value in times.items()},
-        baseline=best,
-        ratio=round(ratio, 2),
-        sharing=round(found.sharing, 3),
-        ratio_over_sharing=round(ratio / found.sharing, 2),
-        archs_per_second=round(len(archs) / own, 1),
-        threads=torch.get_num_threads(),
+    note(
+        benchmark,
+        "modules' path",
+        what=f"{population} {policy}",
+        space="chain of modules",
+        size=SIZE,
+        calibration_images=CALIBRATION,
+        scored_images=SCORED,
+        precision="fp32",
+        archs_per_second=round(len(archs) / benchmark.stats.stats.median, 1),
+        **figures(benchmark.stats.stats.data, turns.times, found.sharing),
     )
-    print(f"\n{benchmark.name}: {benchmark.extra_info}")

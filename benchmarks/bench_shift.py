@@ -13,7 +13,7 @@ import generations
 import numpy as np
 import pytest
 import torch
-from baselines import PRECISIONS, Turns, agree, race, scope, seconds, variants
+from baselines import PRECISIONS, Turns, agree, race, scope, variants
 from recording import figures, kernels, note
 from torch.nn import functional
 
@@ -136,10 +136,11 @@ def test_accumulate(benchmark, case, generation, precision):
     setting.check(losses)
     update = setting.update()
     update()
+    timed = benchmark.enabled
     turns = Turns(
-        {name: partial(calls[name], archs) for name in times} if benchmark.enabled else {}
+        {name: partial(calls[name], archs) for name in times if timed}, precision if timed else None
     )
-    benchmark.pedantic(update, setup=turns, rounds=3 if benchmark.enabled else 1)
+    benchmark.pedantic(update, setup=turns, rounds=3 if timed else 1)
     if benchmark.stats is None:
         return
     note(
@@ -147,7 +148,7 @@ def test_accumulate(benchmark, case, generation, precision):
         "accumulate",
         **setting.fields(),
         generation=generation,
-        **figures(benchmark.stats.stats.data, turns.times, setting.sharing),
+        **figures(benchmark.stats.stats.data, turns.times, setting.sharing, turns.peaks),
         sampled_seconds={name: round(t, 3) for name, t in tried.items()},
     )
 
@@ -162,11 +163,14 @@ def test_pretraining_step(benchmark, case, precision):
     # One path's loss in bf16 is luck; some paths' are compared.
     some = generations.load(case[0])[0][:8]
     setting.check(next(iter(calls.values()))(some), plan=Plan(some))
-    turns = Turns({name: partial(call, archs) for name, call in calls.items()})
+    turns = Turns(
+        {name: partial(call, archs) for name, call in calls.items()},
+        precision if benchmark.enabled else None,
+    )
     benchmark.pedantic(setting.update(), setup=turns, rounds=rounds, warmup_rounds=1)
     if benchmark.stats is None:
         return
-    figure = figures(benchmark.stats.stats.data, turns.times)
+    figure = figures(benchmark.stats.stats.data, turns.times, peaks=turns.peaks)
     note(benchmark, "pre-training step", **setting.fields(), **figure)
 
 
@@ -185,27 +189,30 @@ def test_levers(benchmark, monkeypatch, case, precision):
         optimizer.step()
         return losses
 
-    off = {}
-    off["trie"], losses = seconds(trie_off)
-    setting.check(losses, "one path at a time")
+    def fusion_off():
+        with monkeypatch.context() as patch:
+            patch.setenv("FASTSHIFT_BACKEND", "reference")
+            return update()
+
+    setting.check(trie_off(), "one path at a time")
     with monkeypatch.context() as patch:
         patch.setenv("FASTSHIFT_BACKEND", "reference")
         losses = setting.losses(setting.plan)
-        setting.supernet.zero_grad(set_to_none=True)
-        update = setting.update()
-        update()
-        off["fusion"], _ = seconds(update)
+    setting.supernet.zero_grad(set_to_none=True)
     setting.check(losses, "PyTorch's ops")
+    update = setting.update()
+    off = {"trie": trie_off, "fusion": fusion_off}
     if precision == "bf16":
-        update = setting.update("fp32")
-        update()
-        off["precision"], _ = seconds(update)
-    benchmark.pedantic(setting.update(), rounds=3 if benchmark.enabled else 1, warmup_rounds=1)
+        off["precision"] = setting.update("fp32")
+    turns = Turns(off if benchmark.enabled else {})
+    # The warm-up is each lever's too.
+    rounds = 3 if benchmark.enabled else 1
+    benchmark.pedantic(update, setup=turns, rounds=rounds, warmup_rounds=1)
     note(
         benchmark,
         "accumulate levers",
         **setting.fields(),
         generation=generations.KEPT[-1],
         sharing=round(setting.sharing, 3),
-        without={lever: round(t, 3) for lever, t in off.items()},
+        without=turns.medians(rounds),
     )

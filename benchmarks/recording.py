@@ -15,7 +15,7 @@ import torch
 from fastshift.cpu import block_of, instruction_set
 from fastshift.versions import versions
 
-__all__ = ["figures", "is_dirty", "kernels", "machine", "note"]
+__all__ = ["at_peak", "figures", "is_dirty", "kernels", "machine", "note"]
 
 HERE = Path(__file__).parent
 
@@ -47,7 +47,10 @@ def kernels(module: torch.nn.Module, x: torch.Tensor) -> str:
 
 
 def figures(
-    own: Sequence[float], baselines: dict[str, Sequence[float]], sharing: float = 1.0
+    own: Sequence[float],
+    baselines: dict[str, Sequence[float]],
+    sharing: float = 1.0,
+    peaks: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The ratios of a figure to its baselines.
 
@@ -57,10 +60,12 @@ def figures(
             too; or those of a variant that was not timed in turns, fewer. A `folded` one goes
             beyond the baseline's definition.
         sharing: of the plan.
+        peaks: GFLOP/s of the matrix product in each round, of `Turns`.
 
     Returns:
         `ratio` over the fastest baseline, `ratio_folded` over the fastest with the folded ones,
         `ratio_over_sharing`. A ratio is the median over the rounds where there are turns.
+        With peaks, `at_peak`'s too.
     """
 
     baselines = {name: times[-len(own) :] for name, times in baselines.items()}
@@ -81,7 +86,21 @@ def figures(
         "ratio_folded": _short(ratio(baselines)),
         "sharing": _short(sharing),
         "ratio_over_sharing": _short(found / sharing),
+        **at_peak(own, peaks),
     }
+
+
+def at_peak(own: Sequence[float], peaks: Sequence[float]) -> dict[str, float]:
+    """`peak_gflop`, what the ceiling of its rounds would do in a figure's time; median of rounds.
+
+    Args:
+        own: seconds of each round.
+        peaks: GFLOP/s of the matrix product in as many rounds or, before them, warm-ups' too.
+    """
+    if not peaks:
+        return {}
+    rounds = zip(own, peaks[-len(own) :], strict=True)
+    return {"peak_gflop": _short(median(t * peak for t, peak in rounds))}
 
 
 def note(benchmark: Any, item: str, **fields: Any) -> None:

@@ -28,10 +28,11 @@ from speed_tables import details, summary
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "cpu_speed.json"
-FILES = ("blocks", "evaluator", "shift", "generation", "fresh")
+FILES = ("blocks", "threads", "evaluator", "shift", "generation", "generic", "fresh")
 # What shows how a second thread is used, at a fifth of the time.
 SUBSET = (
     r"blocks\.py::test_inference\[.*fp32\]"
+    r"|threads\.py"
     r"|evaluator\.py::test_generation\[(nasbench_macro-32|shufflenet_v2-64)-generation10-fp32\]"
     r"|test_accumulate\[.*-10-fp32\]|test_pretraining_step\[.*fp32\]"
 )
@@ -161,6 +162,8 @@ def record(path: Path, threads: int, pattern: str | None) -> int:
     begin = time.perf_counter()
     made: set[str] = set()
     for file in FILES:
+        if threads == 1 and file == "threads":
+            continue
         ids = ids_of(file, pattern, threads)
         if not ids:
             continue
