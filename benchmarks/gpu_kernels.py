@@ -138,7 +138,7 @@ def _captured(calls: dict[str, Call], number: int, bench: Bench, case: Case) -> 
             for index in range(number):
                 call(index)
 
-        step = CapturedStep(all_copies, device=torch.device("cuda", torch.cuda.current_device()))
+        step = CapturedStep(all_copies, torch.device("cuda", torch.cuda.current_device()))
         try:
             step.capture()
         except (CaptureError, RuntimeError) as error:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshift.errors import SpaceError
+from fastshift.errors import SpaceError, UnsupportedError
 from fastshift.operators import layer_infer, layer_train
-from fastshift.static_levels import StaticLevel, UnsupportedError, buckets, levels_of
+from fastshift.static_levels import StaticLevel, buckets, levels_of
 from fastshift.supernet import Supernet
 from fastshift.trie import Plan
 

@@ -13,6 +13,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteLossError",
     "SpaceError",
+    "UnsupportedError",
     "missing_extra",
 ]
 
@@ -51,6 +52,10 @@ class NonFiniteLossError(FastShiftError, RuntimeError):
 
 class CaptureError(FastShiftError, RuntimeError):
     """A step cannot be captured as a CUDA graph, or not replayed."""
+
+
+class UnsupportedError(FastShiftError, RuntimeError):
+    """A part of a supernet has no kernel that static buffers could use; the text says which."""
 
 
 class MissingExtraError(FastShiftError, ImportError):

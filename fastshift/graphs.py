@@ -3,25 +3,65 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastshift.errors import CaptureError
 
-__all__ = ["CapturedStep", "shared_pool"]
+__all__ = ["CAPTURES", "CapturedStep", "Captures", "GraphPool", "shared_pool"]
+
+Function = Callable[[], object]
 
 
-def shared_pool(device: torch.device) -> tuple[int, int] | None:
-    """Memory for several captured steps, which take turns in it; None where there are no graphs.
+@dataclass
+class Captures:
+    """What capturing has cost.
 
-    What one step leaves there the next may overwrite: only buffers from elsewhere last.
+    Attributes:
+        count: graphs recorded.
+        seconds: of wall time, first runs aside of the graphs included.
     """
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+CAPTURES = Captures()  # of this process
+
+
+class GraphPool:
+    """Memory for several captured steps, which take turns in it.
+
+    What one step leaves there the next may overwrite: only buffers from elsewhere last. PyTorch
+    lets a pool go with the last graph that uses it and refuses its handle from then on, so the pool
+    holds a graph of its own, and a step holds its pool.
+
+    Args:
+        device: a CUDA device.
+
+    Attributes:
+        handle: of the memory, for captures.
+
+    Raises:
+        CaptureError: there is no such device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with _capturing(device) as stream:
+            self.handle = torch.cuda.graph_pool_handle()
+            # A graph of nothing would do, with a warning.
+            self._byte = torch.zeros(1, dtype=torch.uint8, device=device)
+            self._graph = _record(self._byte.zero_, stream, self.handle)
+
+
+def shared_pool(device: torch.device) -> GraphPool | None:
+    """A pool for steps on a device; None where there are no graphs."""
+    return GraphPool(device) if device.type == "cuda" else None
 
 
 class CapturedStep:
@@ -29,45 +69,21 @@ class CapturedStep:
 
     On a CUDA device it is run once on a side stream, for what a first call compiles, copies and
     allocates, then recorded as a CUDA graph; from there on a call is a replay, one launch.
-    Elsewhere the same calls run the function on the same buffers, and `is_captured` stays false.
+    Elsewhere a call runs the function on the same buffers, and `is_captured` stays false.
 
     The function must be safe to run once on what its buffers hold at the capture. It must read all
     that varies from its buffers: a number that Python gives it is recorded as it is.
 
     Args:
-        function: called with `buffers`; its results, tensors at fixed places once it is captured,
-            are overwritten by the next replay, and by that of any step of its pool.
-        buffers: its inputs, all on one device; they stay where they are.
-        device: of a function without inputs.
-        pool: what `shared_pool` gave; None for memory of its own.
-
-    Attributes:
-        result: what the last call gave.
-        replays: calls made.
-
-    Raises:
-        ValueError: buffers on two devices, or neither buffers nor a device.
+        function: gives nothing back; what it computes it leaves in buffers.
+        device: of its buffers.
+        pool: for memory that lasts no longer than a call; None for memory of its own.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        *buffers: Tensor,
-        device: torch.device | str | None = None,
-        pool: tuple[int, int] | None = None,
+        self, function: Function, device: torch.device | str, pool: GraphPool | None = None
     ) -> None:
-        devices = {buffer.device for buffer in buffers}
-        if device is not None:
-            devices.add(torch.device(device))
-        if len(devices) != 1:
-            found = ", ".join(sorted(map(str, devices))) or "none"
-            raise ValueError(f"buffers: on devices {found}; expected one")
-        self.function = function
-        self.buffers = buffers
-        self.device = devices.pop()
-        self.pool = pool
-        self.result: Any = None
-        self.replays = 0
+        self.function, self.device, self.pool = function, torch.device(device), pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -75,79 +91,27 @@ class CapturedStep:
         """Whether a call is a replay of a graph."""
         return self._graph is not None
 
-    def __call__(self, *values: Tensor) -> Any:
-        """Copy values into the buffers, and replay.
-
-        Args:
-            values: one for each buffer, of its shape, of any type and device.
-
-        Returns:
-            What the function returned.
-
-        Raises:
-            CaptureError: the function cannot be captured.
-            ValueError: another number of values, or another shape.
-        """
-        if len(values) != len(self.buffers):
-            raise ValueError(f"values: {len(values)}; expected {len(self.buffers)}")
-        for index, (buffer, value) in enumerate(zip(self.buffers, values, strict=True)):
-            if buffer.shape != value.shape:
-                raise ValueError(
-                    f"value {index}: shape {tuple(value.shape)}; expected {tuple(buffer.shape)}, "
-                    "which was captured"
-                )
-            buffer.copy_(value, non_blocking=True)
-        self.capture()
-        return self.replay()
-
     def capture(self) -> CapturedStep:
         """Record the function, where there are graphs and none is recorded yet.
 
         Raises:
             CaptureError: there is no such device, or the function cannot be captured.
+            OutOfMemoryError: of PyTorch, as it was raised.
         """
         if self._graph is not None or self.device.type != "cuda":
             return self
-        if not torch.cuda.is_available():
-            raise CaptureError(f"capture on {self.device}: this torch finds no usable GPU")
-        with torch.cuda.device(self.device):
-            stream = _side_stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream())
+        begin = time.perf_counter()
+        with _capturing(self.device) as stream:
             with torch.cuda.stream(stream):
-                self.function(*self.buffers)
+                self.function()
             torch.cuda.synchronize()
-            self._graph = self._record(stream)
+            self._graph = _record(self.function, stream, self.pool and self.pool.handle)
+        CAPTURES.count += 1
+        CAPTURES.seconds += time.perf_counter() - begin
         return self
 
-    def _record(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: a reader's thread may call what a capture forbids.
-        with torch.cuda.stream(stream), _without_collection():
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                self.result = self.function(*self.buffers)
-            except Exception as error:
-                # Ending a broken capture raises again; what broke it is the reason to give.
-                try:
-                    graph.capture_end()
-                except RuntimeError as end:
-                    error.__context__ = end
-                raise CaptureError(
-                    f"{_name(self.function)}: cannot be captured: {error}"
-                ) from error
-            try:
-                graph.capture_end()
-            except RuntimeError as error:
-                raise CaptureError(
-                    f"{_name(self.function)}: cannot be captured: {error}"
-                ) from error
-        return graph
-
-    def replay(self) -> Any:
+    def replay(self) -> None:
         """Run on what the buffers hold.
-
-        Returns:
-            What the function returned.
 
         Raises:
             CaptureError: on a CUDA device, `capture` was not called.
@@ -157,9 +121,47 @@ class CapturedStep:
         elif self.device.type == "cuda":
             raise CaptureError(f"{_name(self.function)}: replayed before it was captured")
         else:
-            self.result = self.function(*self.buffers)
-        self.replays += 1
-        return self.result
+            self.function()
+
+
+@contextmanager
+def _capturing(device: torch.device):
+    """The device made the current one, and the stream of its captures, which waits for others."""
+    if not torch.cuda.is_available():
+        raise CaptureError(f"capture on {device}: this torch finds no usable GPU")
+    with torch.cuda.device(device):
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        yield stream
+
+
+def _record(
+    function: Function, stream: torch.cuda.Stream, pool: tuple[int, int] | None
+) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), _without_collection():
+        try:
+            # Of this thread alone: a reader's thread may call what a capture forbids.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            function()
+        except Exception as error:
+            # Ending a broken capture raises again; what broke it is the reason to give.
+            try:
+                graph.capture_end()
+            except RuntimeError as end:
+                error.__context__ = end
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _refused(function, error) from error
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            raise _refused(function, error) from error
+    return graph
+
+
+def _refused(function: Function, error: Exception) -> CaptureError:
+    return CaptureError(f"{_name(function)}: cannot be captured: {error}")
 
 
 @cache
@@ -168,7 +170,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: Function) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fastshift.errors import UnsupportedError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 from fastshift.population_layer import (
     STATISTICS,
@@ -28,16 +29,13 @@ from fastshift.supernet import Supernet
 __all__ = [
     "StaticLevel",
     "StaticNorm",
-    "UnsupportedError",
     "buckets",
     "has_hooks",
     "in_plain_memory",
     "levels_of",
 ]
 
-
-class UnsupportedError(Exception):
-    """A part of a supernet has no kernel that static buffers could use; the text says which."""
+ALIGNMENT = 16  # bytes, of the kernels' widest access
 
 
 @dataclass(frozen=True)
@@ -254,10 +252,11 @@ def _unit(unit: ConvUnit) -> LayerUnit:
 def in_plain_memory(parameters: Sequence[Tensor]) -> None:
     """Move weights that lie in another order of dimensions into the plain one, in place.
 
-    A captured step reads them where they are, and the kernels read them in that order; values and
-    the parameters themselves stay the same.
+    So are those that begin where no wide access may, as views of a flat buffer do. A captured step
+    reads them where they are, and the kernels would copy them at each call; values and the
+    parameters themselves stay the same.
     """
     with torch.no_grad():
         for parameter in parameters:
-            if not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
+            if not parameter.is_contiguous() or parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastshift.errors import UnsupportedError
 from fastshift.optim import PathSGD
-from fastshift.static_levels import UnsupportedError
+from fastshift.static_levels import ALIGNMENT
 from fastshift.static_state import StaticState
 from fastshift.supernet import Supernet
 from fastshift.trie import Plan
 
 __all__ = ["StaticUpdate"]
-
-ALIGNMENT = 16  # bytes, of the widest access
 
 
 class StaticUpdate:
