@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class NodePacking:
         # Rows of moments: one for each node or choice, and behind them one for each of padding.
         self.slots = [max(candidates, count) for count in [*choices, 1]]
         self.candidates = candidates
+        self._buckets = [buckets(capacity) for capacity in self.capacities]
         widths = [len(FIELDS) * capacity for capacity in self.capacities]
         self.offsets = np.concatenate(([0], np.cumsum(widths))).tolist()
         # Behind the levels: the number of leaves, and the candidate that each leaf is.
@@ -66,6 +68,11 @@ class NodePacking:
         """The number of leaves, `[1]`, and the candidate of each, for a bucket's size."""
         first = self.leaves + 1
         return flat[self.leaves : first], flat[first : first + nodes]
+
+    def bucket(self, position: int, nodes: int) -> int:
+        """The smallest number of nodes that a level's steps are made for and so many fit in."""
+        sizes = self._buckets[position]
+        return sizes[bisect_left(sizes, nodes)]
 
     def empty(self, rows: int = 1) -> np.ndarray:
         """Buffers without a node, `[rows, width]` int32."""
@@ -107,6 +114,7 @@ class NodeTables:
         self.plan, self.packing = plan, packing
         self.segments = list(_depth_first(plan.roots))
         self._row = {id(segment): 1 + i for i, segment in enumerate(self.segments)}
+        self._sizes = {id(segment): self._sizes_of(segment) for segment in self.segments}
         table = packing.empty(1 + len(self.segments))
         packing.put(table[0], 0, parent=[0], choice=[0], slot=[0], weight=[1])
         for row, segment in zip(table[1:], self.segments, strict=True):
@@ -152,14 +160,13 @@ class NodeTables:
 
     def sizes(self, segment: Segment) -> list[int]:
         """The bucket of each level of a segment, and of its leaves where it has any."""
+        return self._sizes[id(segment)]
+
+    def _sizes_of(self, segment: Segment) -> list[int]:
         counts = [len(choice) for choice in segment.choice]
-        first = 1 + segment.start
         if not segment.children:
             counts.append(segment.stop_leaf - segment.first_leaf)
-        return [
-            next(size for size in buckets(capacity) if size >= count)
-            for count, capacity in zip(counts, self.packing.capacities[first:], strict=False)
-        ]
+        return [self.packing.bucket(p, count) for p, count in enumerate(counts, 1 + segment.start)]
 
     def shape(self) -> list[tuple]:
         """What populations with the same steps share: each segment's levels and buckets."""

@@ -8,7 +8,9 @@ replayed, and in which order, and nothing else. Between steps only buffers are c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -16,16 +18,31 @@ from torch.nn import functional
 
 from fastshift.errors import DataError
 from fastshift.graphs import CapturedStep
-from fastshift.node_tables import NodeTables
+from fastshift.node_tables import Nodes, NodeTables
 from fastshift.row_buffers import InferRows
 from fastshift.static_levels import buckets
 from fastshift.static_operators import layer_infer_into, layer_train_into
 from fastshift.static_state import StaticState
 from fastshift.trie import Segment
 
-__all__ = ["PopulationPass", "StepCache"]
+__all__ = ["PopulationPass", "StepCache", "Wanted"]
 
 Key = tuple
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A step to be made.
+
+    Attributes:
+        key: what it does.
+        num_bytes: that it reads and writes, some; of its size is what it needs beside.
+        function: does it.
+    """
+
+    key: Key
+    num_bytes: int
+    function: Callable[[], None]
 
 
 class StepCache:
@@ -39,11 +56,25 @@ class StepCache:
         self.state = state
         self.steps: dict[Key, CapturedStep] = {}
 
-    def prepare(self, key: Key, function: Callable[[], None]) -> None:
-        """Make a step, with no node in the buffers."""
-        if key not in self.steps:
-            step = CapturedStep(function, device=self.state.device, pool=self.state.pool)
-            self.steps[key] = step.capture()
+    def prepare(self, wanted: Iterable[Wanted]) -> None:
+        """Make steps, with no node in the buffers, the largest first.
+
+        The allocator never joins the small stretches of memory of a pool into a larger one: what a
+        small step left could not serve a large one, but the other way round.
+        """
+        missing = [step for step in wanted if step.key not in self.steps]
+        if not missing:
+            return
+        self._release()
+        for step in sorted(missing, key=lambda step: -step.num_bytes):
+            made = CapturedStep(step.function, self.state.device, self.state.pool)
+            self.steps[step.key] = made.capture()
+        self._release()
+
+    def _release(self) -> None:
+        """Give unused memory back: what runs aside have left serves no other stream."""
+        if self.state.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def replay(self, *key) -> None:
         """Run a step that was made."""
@@ -86,23 +117,37 @@ class PopulationPass:
             return
         if kind == "calibrate":
             self.check_moments()
+        self.state.clear_nodes()
+        self.steps.prepare(self._wanted(kind))
+        self._prepared.add(kind)
+
+    def _wanted(self, kind: str) -> Iterator[Wanted]:
+        """The steps of a kind of pass."""
         state = self.state
-        state.clear_nodes()
         function = {"calibrate": self._calibrate, "infer": self._infer}[kind]
         for position, level in enumerate(state.levels):
             # The last block and the head are never a trunk's, the stem always is.
-            if position < state.num_blocks:
-                self._make(kind, function, position, 1, True)
+            sizes = [(1, True)] if position < state.num_blocks else []
             if position:
-                for nodes in buckets(level.capacity):
-                    self._make(kind, function, position, nodes, False)
-        for nodes in buckets(state.levels[-1].capacity):
-            self.steps.prepare(("score", nodes), lambda nodes=nodes: self._score(nodes))
-        self._prepared.add(kind)
+                sizes += [(nodes, False) for nodes in buckets(level.capacity)]
+            for nodes, trunk in sizes:
+                key = (kind, position, nodes, trunk)
+                yield self._of_level(key, function, position, nodes, trunk)
+        yield from self._of_leaves("score", self._score)
 
-    def _make(self, kind: str, function: Callable, position: int, nodes: int, trunk: bool) -> None:
-        key = (kind, position, nodes, trunk)
-        self.steps.prepare(key, lambda: function(position, nodes, trunk))
+    def _of_level(
+        self, key: Key, function: Callable, position: int, nodes: int, *given: bool
+    ) -> Wanted:
+        level = self.state.level(position)
+        elements = math.prod(level.in_size) + math.prod(level.out_size)
+        num_bytes = nodes * self.num_images * elements * self.state.dtype.itemsize
+        return Wanted(key, num_bytes, _weakly(function, position, nodes, *given))
+
+    def _of_leaves(self, name: str, function: Callable) -> Iterator[Wanted]:
+        last = self.state.levels[-1]
+        row = self.num_images * math.prod(last.out_size) * self.state.dtype.itemsize
+        for nodes in buckets(last.capacity):
+            yield Wanted((name, nodes), nodes * row, _weakly(function, nodes))
 
     def check_moments(self) -> None:
         """Refuse batches that leave a batch norm one value a channel."""
@@ -116,9 +161,9 @@ class PopulationPass:
     def load(self, images: Tensor, labels: Tensor) -> None:
         """Take a batch, `[N, C, H, W]` and `[N]`, from any device."""
         device = self.state.device
-        images = images.to(device, non_blocking=True).permute(0, 2, 3, 1)
+        images = _pinned(images, device).to(device, non_blocking=True).permute(0, 2, 3, 1)
         self.images.copy_(images.unsqueeze(0))
-        self.labels.copy_(labels, non_blocking=True)
+        self.labels.copy_(_pinned(labels, device), non_blocking=True)
 
     @torch.no_grad()
     def run(self, kind: str, tables: NodeTables, *, score: bool) -> None:
@@ -168,20 +213,26 @@ class PopulationPass:
         )
 
     def _calibrate(self, position: int, nodes: int, trunk: bool) -> None:
+        nothing = self.state.statistics[position].new_empty(0)
+        own, moments = self._train_level(position, nodes, trunk, nothing)
+        self.state.sums[position].index_add_(0, own.slot, moments)
+
+    def _train_level(
+        self, position: int, nodes: int, trunk: bool, saved: Tensor
+    ) -> tuple[Nodes, Tensor]:
+        """Rows of a level by its own moments: its nodes, and these, `[M, K]` float64."""
         level, own = self.state.level(position), self.state.nodes(position, nodes)
-        statistics = self.state.statistics[position][:nodes]
         layer_train_into(
             self.rows.out(position, nodes, trunk),
-            statistics,
-            statistics.new_empty(0),
+            self.state.statistics[position][:nodes],
+            saved,
             self._source(position, nodes, trunk),
             own.parent,
             own.choice,
             level.parameters,
             level.text,
         )
-        moments = moments_of(self.state, position, nodes)
-        self.state.sums[position].index_add_(0, own.slot, moments)
+        return own, moments_of(self.state, position, nodes)
 
     def _score(self, nodes: int) -> None:
         from fastshift.kernels.loss import candidate_loss
@@ -192,6 +243,24 @@ class PopulationPass:
         losses, wrong = candidate_loss(classify(state, pooled), self.labels, count)
         state.losses.index_add_(0, candidate, losses.double())
         state.wrong.index_add_(0, candidate, wrong)
+
+
+def _weakly(method: Callable, *given: object) -> Callable[[], None]:
+    """Call a method of a pass whose steps hold the call: so that they do not keep it alive."""
+    weak = WeakMethod(method)
+
+    def call() -> None:
+        weak()(*given)
+
+    call.__qualname__ = method.__qualname__
+    return call
+
+
+def _pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Values in memory that a GPU reads by itself, where they are to go to one."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory()
+    return values
 
 
 def moments_of(state: StaticState, position: int, nodes: int) -> Tensor:

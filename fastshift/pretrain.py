@@ -222,6 +222,7 @@ def pretrain(
         reduction="mean" if options.sampler == "uniform" else "sum",
         seed=seed,
         precision=precision,
+        batch_size=options.batch_size,
     )
     feasible = None
     if options.constraints:

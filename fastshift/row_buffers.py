@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,20 +19,25 @@ LINE = 256  # bytes; what CUDA allocations are aligned to
 class Arena:
     """One stretch of device memory that layouts take turns in.
 
+    Its memory moves when it grows, so that graphs of it are stale: those who hold such graphs are
+    told before.
+
     Attributes:
-        generation: counts the times that it had to grow, after which all views are stale.
+        users: whose `clear` is called before it grows.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
-        self.generation = 0
+        self.users: WeakSet = WeakSet()
 
     def reserve(self, num_bytes: int) -> None:
         """Make sure of so many bytes."""
         if num_bytes > self.memory.numel():
+            for user in list(self.users):
+                user.clear()
+            # What was there goes before the larger one comes.
             self.memory = torch.empty(0, dtype=torch.uint8, device=self.memory.device)
             self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.memory.device)
-            self.generation += 1
 
 
 class _Layout:
@@ -40,7 +46,7 @@ class _Layout:
     def __init__(self, levels: Sequence[StaticLevel], images: int, dtype: torch.dtype) -> None:
         self.levels, self.images, self.dtype = levels, images, dtype
         self.num_bytes = 0
-        self._memory: Tensor | None = None
+        self._arena: Arena | None = None
 
     def _place(self, elements: int, dtype: torch.dtype | None = None) -> tuple[int, int]:
         first = self.num_bytes
@@ -50,11 +56,11 @@ class _Layout:
 
     def bind(self, arena: Arena) -> None:
         """Take an arena that has at least `num_bytes`."""
-        self._memory = arena.memory
+        self._arena = arena
 
     def _view(self, place: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
         first, size = place
-        return self._memory[first : first + size].view(dtype or self.dtype)
+        return self._arena.memory[first : first + size].view(dtype or self.dtype)
 
     def _row(self, position: int) -> int:
         """Elements of a row of a position's level."""

@@ -172,6 +172,8 @@ class Search:
             self.record.note_computed("train", self.training.warmup.trainer.computed)
             self.progress.advance(0, head_loss=loss)
             yield
+        if self.training.warmup is not None:
+            self.training.warmup.trainer.release()
         while len(self.record.generations) <= self.options.generations:
             if self.archs is None:
                 self.archs = self.evolution.ask()

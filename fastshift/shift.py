@@ -178,6 +178,7 @@ class Shifter:
             ema=True,
             seed=seed,
             precision=precision,
+            batch_size=options.shift_batch_size,
         )
         self.control = None
         if options.shift == "uniform":
@@ -267,6 +268,7 @@ class HeadWarmup:
             ema=True,
             seed=seed,
             precision=precision,
+            batch_size=options.shift_batch_size,
         )
 
     def update(self) -> float:

@@ -18,20 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from fastshift.cpu import backend
-from fastshift.errors import ConfigError
+from fastshift.errors import ConfigError, UnsupportedError
 from fastshift.layers import ConvUnit
 from fastshift.node_tables import NodeTables
 from fastshift.operators import implementation, saved_floats
 from fastshift.optim import PathSGD
 from fastshift.population_pass import PopulationPass
-from fastshift.static_levels import StaticLevel, UnsupportedError, has_hooks
+from fastshift.row_buffers import InferRows, TrainRows
+from fastshift.static_levels import StaticLevel, has_hooks
 from fastshift.static_state import StaticState
 from fastshift.static_update import StaticUpdate
 from fastshift.supernet import ChainSupernet
 from fastshift.training_pass import TrainingPass
 from fastshift.trie import Plan
 
-__all__ = ["STEPS", "StaticSupernet", "StaticTrainer", "static_supernet", "wanted_steps"]
+__all__ = [
+    "STEPS",
+    "StaticSupernet",
+    "StaticTrainer",
+    "expect_updates",
+    "static_supernet",
+    "wanted_steps",
+]
 
 STEPS = ("static", "modules")
 FEWEST_CANDIDATES = 32  # room that a state is made with at least
@@ -53,6 +61,19 @@ def wanted_steps(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         return "static", "on a CUDA device"
     return "modules", "graphs need a CUDA device"
+
+
+def expect_updates(supernet: ChainSupernet, trainer: object, images: int) -> None:
+    """Have memory for a trainer's updates reserved with the first that the supernet's steps take.
+
+    It would have to grow otherwise, and what was captured for scoring would be captured again.
+
+    Args:
+        supernet: to be trained.
+        trainer: who will; as long as it lives.
+        images: of its batches.
+    """
+    _TRAINERS.setdefault(supernet, WeakKeyDictionary())[trainer] = images
 
 
 def static_supernet(
@@ -117,20 +138,30 @@ def _check_kernels(levels: list[StaticLevel], dtype: torch.dtype, device: torch.
 
 
 class _Passes:
-    """The passes of a state for each size of batch, made anew where its memory had to grow."""
+    """The passes of a state for each size of batch, made anew where its memory had to grow.
 
-    def __init__(self, state: StaticState) -> None:
-        self._arena = state.arena
-        self._found: dict[tuple, tuple[int, PopulationPass]] = {}
+    Args:
+        state: of the supernet.
+        room: bytes of rows that will be needed beside those of a pass asked for.
+    """
+
+    def __init__(self, state: StaticState, room: Callable[[], int] = lambda: 0) -> None:
+        self._arena, self._room = state.arena, room
+        self._found: dict[tuple, PopulationPass] = {}
+        state.arena.users.add(self)
 
     def of(self, key: tuple, make: Callable[[], PopulationPass]) -> PopulationPass:
-        generation, found = self._found.get(key, (-1, None))
-        if generation != self._arena.generation:
-            found = make()
-            self._arena.reserve(found.rows.num_bytes)
-            found.rows.bind(self._arena)
-            self._found[key] = self._arena.generation, found
-        return found
+        """The pass of a key, made where it is not there."""
+        if key not in self._found:
+            made = make()
+            self._arena.reserve(max(made.rows.num_bytes, self._room()))
+            made.rows.bind(self._arena)
+            self._found[key] = made
+        return self._found[key]
+
+    def clear(self) -> None:
+        """Let all passes go, their graphs with them."""
+        self._found.clear()
 
 
 class StaticSupernet:
@@ -143,10 +174,22 @@ class StaticSupernet:
 
     def __init__(self, supernet: ChainSupernet, state: StaticState) -> None:
         self.state = state
-        self._passes = _Passes(state)
+        self._trainers = _TRAINERS.setdefault(supernet, WeakKeyDictionary())
+        self._most_images = 0  # of a batch that is scored, as far as that is known
+        self._passes = _Passes(state, self._room)
         # All but the supernet itself, whose key of a weak dictionary a reference would keep alive.
         self._parts = [module for module in supernet.modules() if module is not supernet]
         self._fingerprint = _fingerprint(supernet, self._parts)
+
+    def _room(self) -> int:
+        """Bytes of the rows of all passes that are known to come."""
+        state, images = self.state, max(self._trainers.values(), default=0)
+        room = InferRows(state.levels, self._most_images, state.dtype).num_bytes
+        if images:
+            saved = _saved_of(state, images)
+            rows = TrainRows(state.levels, images, state.dtype, saved, state.wide)
+            room = max(room, rows.num_bytes)
+        return room
 
     def serves(
         self,
@@ -198,6 +241,10 @@ class StaticSupernet:
         state, images, calibrated = self.state, 0, 0
         by_choice = policy in ("running", "ema")
         with torch.inference_mode(False), torch.no_grad():
+            for given in (batches, calibration):
+                if isinstance(given, list | tuple):
+                    found = (len(x) for x, _ in given)
+                    self._most_images = max(self._most_images, *found, 0)
             tables = state.tables(plan, by_choice=by_choice)
             state.clear_scores()
             if policy == "recalibrate":
@@ -234,6 +281,9 @@ class StaticTrainer:
         optimizer: of its parameters.
         clip_norm, label_smoothing: as for `trainer.PathTrainer`.
         ema: the moving averages that move, by name; None for the batch norms' own.
+
+    Raises:
+        UnsupportedError: a parameter belongs to no level.
     """
 
     def __init__(
@@ -351,4 +401,5 @@ def _fingerprint(supernet: nn.Module, parts: Sequence[nn.Module]) -> list:
 
 _OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "activation")
 _OF_NORMS = ("eps", "momentum", "track_running_stats")
+_TRAINERS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[object, int]] = WeakKeyDictionary()
 _STATICS: WeakKeyDictionary[nn.Module, StaticSupernet] = WeakKeyDictionary()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastshift.batch_norm import BatchNorms, MovingAverages
-from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError
+from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError, UnsupportedError
 from fastshift.evaluator import precision_scope
 from fastshift.optim import PathSGD
-from fastshift.static_supernet import StaticTrainer, static_supernet
+from fastshift.static_supernet import StaticTrainer, expect_updates, static_supernet
 from fastshift.steps import refuse_random_trunk, train_step
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan
@@ -54,6 +54,7 @@ class PathTrainer:
         ema: move the shift steps' moving averages instead of the modules' own.
         seed: of the masks of dropout.
         precision: `fp32` or `bf16`.
+        batch_size: images of its batches, where that is known before the first.
 
     Attributes:
         updates: optimiser steps made.
@@ -80,6 +81,7 @@ class PathTrainer:
         ema: bool = False,
         seed: int = 0,
         precision: str = "fp32",
+        batch_size: int | None = None,
     ) -> None:
         self.supernet = supernet
         self.norms = BatchNorms(supernet)
@@ -103,6 +105,8 @@ class PathTrainer:
         self._static: StaticTrainer | None = None
         self._random_trunk_checked = False
         self._trunk = supernet.trunk_parameters()
+        if batch_size is not None:
+            expect_updates(supernet, self, batch_size)
 
     def update(
         self, plan: Plan, images: Tensor, labels: Tensor, *, position: int, lr: float | None = None
@@ -158,8 +162,17 @@ class PathTrainer:
             return None
         fixed = (self.clip_norm, self.label_smoothing, self.supernet.ema if self.ema else None)
         if self._static is None or not self._static.serves(static, *fixed):
-            self._static = StaticTrainer(static, self.supernet, self.optimizer, *fixed)
+            self._static = None  # before its successor takes as much memory
+            try:
+                self._static = StaticTrainer(static, self.supernet, self.optimizer, *fixed)
+            except UnsupportedError as error:
+                self.computed = f"modules: {error}"
         return self._static
+
+    def release(self) -> None:
+        """Let buffers and graphs of the updates go; another update makes them anew."""
+        self._static = None
+        expect_updates(self.supernet, self, 0)
 
     def _step_by_modules(
         self,

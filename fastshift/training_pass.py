@@ -6,15 +6,17 @@ sub-tries, whose gradients and moments add up until `StaticUpdate` steps on them
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastshift.node_tables import NodeTables
-from fastshift.population_pass import PopulationPass, classify, moments_of, pooled_rows
+from fastshift.population_pass import PopulationPass, Wanted, classify, pooled_rows
 from fastshift.row_buffers import TrainRows
 from fastshift.static_levels import buckets
-from fastshift.static_operators import layer_backward_into, layer_train_into
+from fastshift.static_operators import layer_backward_into
 from fastshift.static_state import StaticState
 from fastshift.static_update import StaticUpdate
 from fastshift.steps import candidate_random
@@ -66,22 +68,20 @@ class TrainingPass(PopulationPass):
         """
         if kind in self._prepared:
             return
-        state, update = self.state, self.update
-        state.clear_nodes()
-        update.total.copy_(torch.full_like(update.total, torch.nan))
-        for position, level in enumerate(state.levels):
+        self.state.clear_nodes()
+        # A loss that is no number, to which losses are only added: the step moves nothing.
+        self.update.total.copy_(torch.full_like(self.update.total, torch.nan))
+        self.steps.prepare(self._wanted(kind))
+        self._prepared.add(kind)
+
+    def _wanted(self, kind: str) -> Iterator[Wanted]:
+        for position, level in enumerate(self.state.levels):
             for nodes in buckets(level.capacity):
                 for name, function in (("forward", self._forward), ("backward", self._backward)):
-                    self.steps.prepare(
-                        (name, position, nodes),
-                        lambda f=function, p=position, n=nodes: f(p, n),
-                    )
-        for nodes in buckets(state.levels[-1].capacity):
-            self.steps.prepare(("loss", nodes), lambda nodes=nodes: self._loss(nodes))
-        update.total.copy_(torch.full_like(update.total, torch.nan))
-        self.steps.prepare(("step",), update.step)
-        self.steps.prepare(("clear",), update.clear)
-        self._prepared.add(kind)
+                    yield self._of_level((name, position, nodes), function, position, nodes)
+        yield from self._of_leaves("loss", self._loss)
+        yield Wanted(("step",), 0, self.update.step)
+        yield Wanted(("clear",), 0, self.update.clear)
 
     @torch.no_grad()
     def train(self, tables: NodeTables, *, key: tuple[int, int], moving: bool = True) -> None:
@@ -143,18 +143,7 @@ class TrainingPass(PopulationPass):
     # What the steps do. Each reads what varies from buffers.
 
     def _forward(self, position: int, nodes: int) -> None:
-        level, own = self.state.level(position), self.state.nodes(position, nodes)
-        layer_train_into(
-            self.rows.out(position, nodes),
-            self.state.statistics[position][:nodes],
-            self.rows.saved(position, nodes),
-            self._source(position, nodes, True),
-            own.parent,
-            own.choice,
-            level.parameters,
-            level.text,
-        )
-        moments = moments_of(self.state, position, nodes)
+        own, moments = self._train_level(position, nodes, True, self.rows.saved(position, nodes))
         self.update.add_moments(position, own.choice, own.weight, moments)
 
     def _backward(self, position: int, nodes: int) -> None:
