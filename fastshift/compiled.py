@@ -44,7 +44,8 @@ class CompiledSupernet:
         mode: of `torch.compile`, `max-autotune-no-cudagraphs` say; None for its default.
 
     Attributes:
-        shapes: sizes met so far, each of which was compiled: nodes of a sub-trie, and images.
+        shapes: what was met so far, each of which was compiled: nodes of a sub-trie, images, and
+            whether with gradients.
 
     Raises:
         SpaceError: a part of the supernet has no operator, or draws random numbers.
@@ -67,9 +68,8 @@ class CompiledSupernet:
         if batch_norm not in POLICIES:
             raise ValueError(f"batch_norm: {batch_norm!r}; expected one of {', '.join(POLICIES)}")
         self.supernet, self.batch_norm, self.subtrie_size = supernet, batch_norm, subtrie_size
-        self.shapes: set[tuple[int, int]] = set()
-        self._levels: list[StaticLevel] = []
-        self._image_size: tuple[int, ...] = ()
+        self.shapes: set[tuple[int, int, bool]] = set()
+        self._texts: list[str] = []  # of the levels; what the function is compiled for
         self._compiled = torch.compile(
             self._logits, fullgraph=True, dynamic=False, backend=backend, mode=mode
         )
@@ -96,15 +96,21 @@ class CompiledSupernet:
             raise ValueError("batch_norm: 'ema' has no statistics before the first shift step")
         reference = next(self.supernet.parameters())
         images = images.to(reference.device, reference.dtype)
-        self._describe(tuple(images.shape[1:]))
+        levels = self._describe(tuple(images.shape[1:]))
+        given = [list(level.parameters) for level in levels]
+        moments, classifier = self._moments(levels), self.supernet.head.classifier
+        grad = torch.is_grad_enabled()
         whole = Plan(rows, self.subtrie_size)
         found = []
         for first in range(0, whole.num_leaves, self.subtrie_size):
             part = whole.archs[first : first + self.subtrie_size]
             nodes = self.nodes(part)
-            self.shapes.add((len(nodes[0][-1]), len(images)))
+            self.shapes.add((len(nodes[0][-1]), len(images), grad))
             with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
-                found.append(self._compiled(images, *nodes, self._moments())[: len(part)])
+                logits = self._compiled(
+                    images, *nodes, given, moments, classifier.weight, classifier.bias
+                )
+            found.append(logits[: len(part)])
         leaf = torch.from_numpy(whole.inverse).to(images.device)
         return torch.cat(found).index_select(0, leaf)
 
@@ -134,8 +140,8 @@ class CompiledSupernet:
             choices.append(values[1])
         return parents, choices
 
-    def _describe(self, image_size: tuple[int, ...]) -> None:
-        """Read off the supernet what the function computes, where it may have changed."""
+    def _describe(self, image_size: tuple[int, ...]) -> list[StaticLevel]:
+        """Read off the supernet what the function computes, and the tensors it computes with."""
         channels, height, width = image_size
         try:
             levels = levels_of(self.supernet, (height, width, channels), self.subtrie_size)
@@ -147,17 +153,19 @@ class CompiledSupernet:
                 "head.dropout: its masks are of each candidate, and no part of one compiled "
                 "function; put the supernet into evaluation mode, or set the probability to 0"
             )
-        if [level.text for level in levels] != [level.text for level in self._levels]:
-            self._levels = levels
+        texts = [level.text for level in levels]
+        if texts != self._texts:
+            self._texts = texts
+        return levels
 
-    def _moments(self) -> list[Tensor]:
+    def _moments(self, levels: Sequence[StaticLevel]) -> list[Tensor]:
         """Of each level, mean and variance of every unit of each choice, `[O, K]`; else nothing."""
         if self.batch_norm == "batch":
             return []
         reference = next(self.supernet.parameters()).detach()
         kept = self.supernet.ema
         found = []
-        for level in self._levels:
+        for level in levels:
             width = level.layer.moments_floats
             table = reference.new_zeros(level.num_choices, width)
             for norm in level.norms:
@@ -175,13 +183,16 @@ class CompiledSupernet:
         images: Tensor,
         parents: list[Tensor],
         choices: list[Tensor],
+        given: list[list[Tensor]],
         moments: list[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         """The compiled function: `[M, N, num_classes]`, of the last block's nodes."""
         rows = images.permute(0, 2, 3, 1).unsqueeze(0).contiguous()
         one = parents[0].new_zeros(1)
         blocks = len(parents)
-        for position, level in enumerate(self._levels):
+        for position, (text, parameters) in enumerate(zip(self._texts, given, strict=True)):
             if 0 < position <= blocks:
                 parent, choice = parents[position - 1], choices[position - 1]
             elif position == 0:
@@ -190,13 +201,10 @@ class CompiledSupernet:
                 # The head's features: one node for each leaf, of the only choice.
                 choice = choices[-1].clamp(max=0)
                 parent = torch.arange(len(choice), dtype=torch.int32, device=choice.device)
-            parameters = list(level.parameters)
             if moments:
                 own = moments[position].index_select(0, choice.clamp(min=0))
-                rows = layer_infer(rows, parent, choice, parameters, own, level.text)
+                rows = layer_infer(rows, parent, choice, parameters, own, text)
             else:
                 keep = torch.is_grad_enabled()
-                rows = layer_train(rows, parent, choice, parameters, level.text, keep)[0]
-        head = self.supernet.head
-        pooled = rows.mean((2, 3))
-        return functional.linear(pooled, head.classifier.weight, head.classifier.bias)
+                rows = layer_train(rows, parent, choice, parameters, text, keep)[0]
+        return functional.linear(rows.mean((2, 3)), weight, bias)

@@ -81,7 +81,7 @@ def test_twenty_populations_of_a_bucket_are_compiled_once():
             compiled(IMAGES, archs[seed % 4 :][: 5 + seed % 4])
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert compiled.shapes == {(8, 6)}
+    assert compiled.shapes == {(8, 6, False)}
 
 
 def test_another_bucket_and_another_batch_are_compiled_once_each():
@@ -93,7 +93,7 @@ def test_another_bucket_and_another_batch_are_compiled_once_each():
         for archs in (["12"], ["20"]):
             compiled(IMAGES[:4], archs)
     assert counters["stats"]["unique_graphs"] == 3
-    assert compiled.shapes == {(1, 6), (2, 6), (1, 4)}
+    assert compiled.shapes == {(1, 6, False), (2, 6, False), (1, 4, False)}
 
 
 def test_gradients_are_those_of_one_path_at_a_time():
@@ -118,6 +118,55 @@ def test_weights_are_read_at_each_call():
         found = compiled(IMAGES.double(), archs)
     assert global_error([found], [_plain(net, archs, IMAGES.double())]) < FLOAT64_TOLERANCE
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def _replace_a_block(net, other):
+    net.blocks[0] = other.blocks[0]
+
+
+def _assign_weights(net, other):
+    net.load_state_dict(other.state_dict(), assign=True)
+
+
+def _replace_the_classifier(net, other):
+    net.head.classifier = other.head.classifier
+
+
+@pytest.mark.parametrize("policy", ["batch", "running"])
+@pytest.mark.parametrize("change", [_replace_a_block, _assign_weights, _replace_the_classifier])
+def test_parts_that_were_replaced_are_read_at_the_next_call(change, policy):
+    net, other = _supernet().double(), randomise(_supernet().double(), seed=9)
+    net.train(policy == "batch")
+    other.train(policy == "batch")
+    archs = random_archs(net.space, 3)
+    compiled = fs.CompiledSupernet(net, batch_norm=policy, backend="eager")
+    with torch.no_grad():
+        compiled(IMAGES.double(), archs)
+        change(net, other)
+        found = compiled(IMAGES.double(), archs)
+    assert global_error([found], [_plain(net, archs, IMAGES.double())]) < FLOAT64_TOLERANCE
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_call_with_gradients_is_another_compilation_than_one_without():
+    net = _supernet().train()
+    compiled = fs.CompiledSupernet(net, backend="eager")
+    for _ in range(2):
+        compiled(IMAGES, ["00"])
+        with torch.no_grad():
+            compiled(IMAGES, ["11"])
+    assert compiled.shapes == {(1, 6, True), (1, 6, False)}
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_statistics_are_put_together_once_a_call(monkeypatch):
+    net = _supernet()
+    compiled = fs.CompiledSupernet(net, batch_norm="running", subtrie_size=2, backend="eager")
+    asked, plain = [], compiled._moments
+    monkeypatch.setattr(compiled, "_moments", lambda levels: asked.append(1) or plain(levels))
+    with torch.no_grad():
+        compiled(IMAGES, np.unique(random_archs(net.space, 20), axis=0))
+    assert len(asked) == 1
 
 
 def test_what_cannot_be_one_function_is_refused():
