@@ -7,6 +7,7 @@ and are not read here. Nothing of Triton is loaded before the first call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -56,12 +57,20 @@ def infer(
 
     shape = layer.output_shape(*map(int, rows.shape[2:]))
     given = [p.contiguous() for p in parameters]
-    return kernels.infer(rows, parent, choice, given, moments, layer, shape, out=out)
+    with _current(rows.device):
+        return kernels.infer(
+            rows, parent, choice, given, moments, layer, shape, precision=_precision(), out=out
+        )
 
 
 def _precision() -> str:
     """Of products of float32, as PyTorch is asked for: exact unless TF32 is allowed."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Make a CUDA device the current one, on which Triton launches; others it leaves alone."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def train(
@@ -81,10 +90,11 @@ def train(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    given = plain(parameters)
-    return kernels.train(
-        rows.contiguous(), parent, choice, given, plan, keep, _precision(), into=into
-    )
+    with _current(rows.device):
+        given = plain(parameters)
+        return kernels.train(
+            rows.contiguous(), parent, choice, given, plan, keep, _precision(), into=into
+        )
 
 
 def backward(
@@ -104,17 +114,18 @@ def backward(
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
-    d_rows, gradients = kernels.backward(
-        d_out.contiguous(),
-        rows.contiguous(),
-        parent,
-        choice,
-        plain(parameters),
-        statistics.contiguous(),
-        saved,
-        plan,
-        needs[0],
-        _precision(),
-        d_rows=d_rows,
-    )
+    with _current(rows.device):
+        d_rows, gradients = kernels.backward(
+            d_out.contiguous(),
+            rows.contiguous(),
+            parent,
+            choice,
+            plain(parameters),
+            statistics.contiguous(),
+            saved,
+            plan,
+            needs[0],
+            _precision(),
+            d_rows=d_rows,
+        )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

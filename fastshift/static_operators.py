@@ -162,23 +162,66 @@ def _backward_into(
         gradient.add_(value)
 
 
-def _fake(*_) -> None:
-    return None
+# Over fake tensors, where no kernel says what it misses, sizes are compared.
+
+
+def _must_be(name: str, given: Tensor, expected: Tensor) -> None:
+    same = ("shape", "dtype", "device")
+    if any(getattr(given, what) != getattr(expected, what) for what in same):
+        raise ValueError(
+            f"{name}: {tuple(given.shape)} of {given.dtype} on {given.device}; "
+            f"expected {tuple(expected.shape)} of {expected.dtype} on {expected.device}"
+        )
+
+
+def _infer_fake(out, rows, parent, choice, parameters, moments, layer) -> None:
+    _must_be("out", out, layer_infer(rows, parent, choice, parameters, moments, layer))
+
+
+def _train_fake(out, statistics, saved, rows, parent, choice, parameters, layer) -> None:
+    keep = saved.numel() > 0
+    found = layer_train(rows, parent, choice, parameters, layer, keep)
+    for name, given, expected in zip(
+        ("out", "statistics", "saved"), (out, statistics, saved), found, strict=True
+    ):
+        _must_be(name, given, expected)
+
+
+def _backward_fake(
+    d_rows, gradients, d_out, rows, parent, choice, parameters, statistics, saved, layer
+) -> None:
+    out = layer_train(rows, parent, choice, parameters, layer, True)
+    for name, given, expected in zip(
+        ("d_out", "statistics", "saved"), (d_out, statistics, saved), out, strict=True
+    ):
+        _must_be(name, given, expected)
+    if d_rows.shape != (0,):
+        _must_be("d_rows", d_rows, rows)
+    if len(gradients) != len(parameters):
+        raise ValueError(f"gradients: {len(gradients)}; expected {len(parameters)}")
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        _must_be("gradients", gradient, parameter)
 
 
 _NODES = "Tensor rows, Tensor parent, Tensor choice, Tensor[] parameters"
 _LIBRARY = torch.library.Library("fastshift", "FRAGMENT")
-for _schema, _kernel in (
-    (f"layer_infer_into(Tensor(a!) out, {_NODES}, Tensor moments, str layer) -> ()", _infer_into),
+for _schema, _kernel, _fake in (
+    (
+        f"layer_infer_into(Tensor(a!) out, {_NODES}, Tensor moments, str layer) -> ()",
+        _infer_into,
+        _infer_fake,
+    ),
     (
         f"layer_train_into(Tensor(a!) out, Tensor(b!) statistics, Tensor(c!) saved, {_NODES}, "
         "str layer) -> ()",
         _train_into,
+        _train_fake,
     ),
     (
         "layer_backward_into(Tensor(a!) d_rows, Tensor(b!)[] gradients, Tensor d_out, "
         f"{_NODES}, Tensor statistics, Tensor saved, str layer) -> ()",
         _backward_into,
+        _backward_fake,
     ),
 ):
     _name = _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)

@@ -6,17 +6,23 @@ are safe themselves is for their own tests.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from fastshift.graphs import CapturedStep
 from fastshift.optim import PathSGD
 from fastshift.population_pass import PopulationPass
+from fastshift.static_operators import layer_backward_into, layer_infer_into, layer_train_into
 from fastshift.static_state import StaticState
-from fastshift.static_supernet import _Passes
+from fastshift.static_supernet import _Passes, _saved_of
 from fastshift.static_update import StaticUpdate
 from fastshift.supernet import Supernet
 from fastshift.testing import random_archs, randomise, tiny_space
@@ -47,7 +53,7 @@ class UnsafeError(Exception):
 
 
 class Watch(TorchDispatchMode):
-    """Note every operator with its sizes, and refuse those that no graph may hold."""
+    """Note every operator, its sizes and numbers, and refuse those that no graph may hold."""
 
     def __init__(self):
         super().__init__()
@@ -65,12 +71,18 @@ class Watch(TorchDispatchMode):
         devices = {tensor.device for tensor in inputs + outputs}
         if len(devices) > 1:
             raise UnsafeError(f"{name}: a copy between devices {sorted(map(str, devices))}")
-        self.calls.append((func.name(), _sizes(inputs), _sizes(outputs)))
+        self.calls.append((func.name(), _sizes(inputs), _sizes(outputs), _others((args, kwargs))))
         return out
 
 
 def _tensors(values):
     return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+
+
+def _others(values):
+    """What an operator is given beside tensors: a graph goes on with the numbers of its capture."""
+    found = tree_flatten(values)[0]
+    return [repr(value) for value in found if not isinstance(value, torch.Tensor)]
 
 
 def _sizes(tensors):
@@ -91,11 +103,8 @@ def _scoring(state):
 
 def _training(state, net):
     update = StaticUpdate(state, net, PathSGD(net, 0.1), clip_norm=1.0, ema=None)
-    options = {"saved": [64] * len(state.levels), "label_smoothing": 0.1, "dropout": 0.0}
-    if state.device.type == "cpu":
-        from fastshift.static_supernet import _saved_of
-
-        options["saved"] = _saved_of(state, IMAGES)
+    saved = _saved_of(state, IMAGES)
+    options = {"saved": saved, "label_smoothing": 0.1, "dropout": 0.0}
     return _Passes(state).of((), lambda: TrainingPass(state, update, IMAGES, **options))
 
 
@@ -126,21 +135,21 @@ KINDS = ["calibrate", "infer", "train"]
 
 
 def _run(kind, state, net):
-    """A whole pass of a kind through a population."""
+    """A whole pass of a kind through a population, and what makes it."""
     if kind == "train":
         made = _training(state, net)
         made.prepare()
-        return lambda tables: made.train(tables, key=(0, 0))
+        return lambda tables: made.train(tables, key=(0, 0)), made
     made = _scoring(state)
     made.prepare(kind)
-    return lambda tables: made.run(kind, tables, score=True)
+    return lambda tables: made.run(kind, tables, score=True), made
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_populations_take_the_same_operators_and_sizes_and_none_that_waits(kind):
+def test_two_populations_take_the_same_operators_sizes_and_numbers_and_none_that_waits(kind):
     net = _supernet()
     state = _state(net)
-    run = _run(kind, state, net)
+    run, _ = _run(kind, state, net)
     one, two = _watched(run, _two_plans(state))
     assert len(one) > 100
     assert one == two
@@ -203,6 +212,78 @@ def test_the_watch_sees_sizes_that_depend_on_the_population():
     assert one != two
 
 
+@pytest.mark.parametrize("how", ["fill_", "new_full", "full_like", "mul_", "a slice"])
+def test_the_watch_sees_a_number_that_varies(how):
+    state = _state(_supernet())
+    made = _scoring(state)
+    made.prepare("infer")
+
+    def run(tables):
+        made.run("infer", tables, score=True)
+        losses, number = state.losses, int(tables.plan.archs.sum())
+        if how == "new_full":
+            losses.copy_(losses.new_full(losses.shape, number))
+        elif how == "full_like":
+            losses.copy_(torch.full_like(losses, number))
+        elif how == "a slice":
+            losses[number : number + 2].zero_()
+        else:
+            getattr(losses, how)(number)
+
+    one, two = _watched(run, _two_plans(state))
+    assert one != two
+    assert [call[:3] for call in one] == [call[:3] for call in two]
+
+
+# Recorded, with values that do not exist, and played back
+
+
+def _recording(step):
+    """The operators of a step, traced over fake tensors: what needs a value raises."""
+    with torch.no_grad():
+        return make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)()
+
+
+def _same(one, two):
+    return len(one) == len(two) and all(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_recorded_of_one_population_serves_another_bit_for_bit(kind):
+    net = _supernet()
+    state = _state(net)
+    run, made = _run(kind, state, net)
+    made.load(torch.randn(IMAGES, 3, 8, 8), torch.arange(IMAGES) % 4)
+    one, two = _two_plans(state)
+    if kind == "train":
+        made.update.begin(one.plan, 1.0)
+    state.clear_scores()
+    recording = _recording(lambda: run(one))
+    buffers = [*net.tensors().values(), state.losses, state.wrong, *state.sums]
+    if kind == "train":
+        buffers += [*made.update.momenta, made.update._report]
+        made.update.begin(two.plan, 1.0)
+    start = [value.clone() for value in buffers]
+    found = []
+    one.table.copy_(two.table)
+    for play in (recording, lambda: run(two)):
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, start)
+            play()
+        found.append([value.clone() for value in buffers])
+    assert _same(*found)
+    assert not _same(found[0], start)
+
+
+def test_a_value_that_a_step_reads_is_refused_in_a_recording():
+    state = _state(_supernet())
+    made = _Passes(state).of((), lambda: Unsafe(state, "decide on a loss"))
+    made.prepare("infer")
+    one, _ = _two_plans(state)
+    with pytest.raises(GuardOnDataDependentSymNode):
+        _recording(lambda: made.run("infer", one, score=True))
+
+
 # On a CUDA device that is none: values do not exist, devices do
 
 
@@ -210,7 +291,7 @@ def test_the_watch_sees_sizes_that_depend_on_the_population():
 def pretended(monkeypatch):
     """Have steps run as they are on fake CUDA tensors."""
     import fastshift.kernels.sgd as sgd
-    from fastshift import static_state, static_update
+    from fastshift import population_pass, static_state
 
     def tables(parameters, *_):
         made = torch.zeros(1, 3, dtype=torch.int64, device="cuda")
@@ -220,8 +301,11 @@ def pretended(monkeypatch):
     monkeypatch.setattr(CapturedStep, "capture", lambda step: step)
     monkeypatch.setattr(CapturedStep, "replay", lambda step: step.function())
     monkeypatch.setattr(static_state, "shared_pool", lambda device: None)
+    # What has no values has no address, and no memory to pin.
+    monkeypatch.setattr(static_state, "in_plain_memory", lambda parameters: None)
+    monkeypatch.setattr(population_pass, "_pinned", lambda values, device: values)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(sgd, "sgd_tables", tables)
-    assert static_update
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
@@ -244,11 +328,103 @@ def _on_cuda():
 def test_on_a_gpu_every_buffer_is_there_and_nothing_comes_back(kind, dtype, pretended):
     net = _on_cuda()
     state = _state(net, dtype)
-    run = _run(kind, state, net)
+    run, _ = _run(kind, state, net)
     tables = state.tables(Plan(random_archs(tiny_space(), 3), 2))
     assert tables.table.device.type == "cuda"
     (calls,) = _watched(run, [tables])
-    assert {device for _, inputs, _ in calls for *_, device in inputs} <= {"cuda:0"}
+    assert {device for _, inputs, *_ in calls for *_, device in inputs} <= {"cuda:0"}
+
+
+@pytest.fixture
+def launched(pretended, monkeypatch):
+    """Have what launches the Triton kernels run, but for the launches, of which it takes notes."""
+    from fastshift import _operators_triton, population_pass, static_operators, training_pass
+    from fastshift.kernels import _launch, infer, layer, plan
+
+    found, addresses = [], torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def note(grid, given, options):
+        tensors, others = _tensors((given, options)), _others((grid, given, options))
+        found.append((_sizes(tensors), others))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: note(grid, given, options)
+
+    def launch(self):
+        note(self.grid, self.positional, {**self.arguments, **self.options})
+
+    monkeypatch.setattr(_launch.Launch, "__call__", launch)
+    monkeypatch.setattr(infer, "infer_kernel", Kernel())
+    for module in (infer, layer):
+        monkeypatch.setattr(module, "address_table", lambda tensors, device: (addresses, True))
+    monkeypatch.setattr(_operators_triton, "plain", list)
+    monkeypatch.setattr(_operators_triton, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # Tables of this fake device are nobody else's.
+    monkeypatch.setattr(infer, "_launches", cache(infer._launches.__wrapped__))
+    monkeypatch.setattr(_operators_triton, "plan_layer", cache(plan.plan_layer.__wrapped__))
+    monkeypatch.setattr(population_pass, "layer_infer_into", static_operators._infer_into)
+    for module in (population_pass, training_pass):
+        for name in ("train", "backward"):
+            into = getattr(static_operators, f"_{name}_into")
+            monkeypatch.setattr(module, f"layer_{name}_into", into, raising=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, marks=pytest.mark.slow, id="fp32"),
+        pytest.param(torch.bfloat16, id="bf16"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_launches_the_kernels_is_safe_and_the_same_for_two_populations(kind, dtype, launched):
+    net = _on_cuda()
+    state = _state(net, dtype)
+    run, _ = _run(kind, state, net)
+    populations = _two_plans(state)
+    run(populations[0])  # which copies the layers' plans to the device
+    launched.clear()
+    one, two = _watched(run, populations)
+    assert one == two
+    half = len(launched) // 2
+    assert half > 10
+    assert launched[:half] == launched[half:]
+    # Trunk and sub-tries: every level and bucket has launches of its own size.
+    assert len({str(others) for _, others in launched}) > 5
+
+
+def test_buffers_of_a_wrong_size_are_refused_over_fake_tensors(pretended):
+    net = _on_cuda()
+    state = _state(net)
+    made = _training(state, net)
+    level, own = state.level(1), state.nodes(1, 2)
+    rows, out = made.rows.source(1, 2), made.rows.out(1, 2)
+    statistics, saved = state.statistics[1][:2], made.rows.saved(1, 2)
+    given = rows, own.parent, own.choice, level.parameters
+    layer_train_into(out, statistics, saved, *given, level.text)
+    for wrong in (
+        (out[:1], statistics, saved),
+        (out, statistics[:, 1:], saved),
+        (out, statistics, saved[1:]),
+        (out.half(), statistics, saved),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            layer_train_into(*wrong, *given, level.text)
+    moments = state.means[1][:2]
+    layer_infer_into(out, *given, moments, level.text)
+    with pytest.raises(ValueError, match=r"out: .*; expected"):
+        layer_infer_into(out[:1], *given, moments, level.text)
+    gradients = [made.update.gradients[p] for p in level.parameters]
+    rest = out, *given, statistics, saved, level.text
+    layer_backward_into(rows, gradients, *rest)
+    layer_backward_into(rows.new_empty(0), gradients, *rest)
+    with pytest.raises(ValueError, match=r"d_rows: .*; expected"):
+        layer_backward_into(rows[:0], gradients, *rest)
+    with pytest.raises(ValueError, match=r"gradients: .*; expected"):
+        layer_backward_into(rows, gradients[1:], *rest)
 
 
 def test_a_value_that_a_step_reads_is_refused_there(pretended):
