@@ -17,6 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__" and "--tiny" in sys.argv:
+    # Before CUDA is looked for: a dry run is of a CPU, whatever there is.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 if not torch.cuda.is_available():
@@ -32,6 +36,7 @@ from gpu_report import DRY_RUN, environment, not_measured, tables, write
 from gpu_timing import Clock, OutOfTimeError
 from triton.errors import TritonError
 
+from fastshift.cpu import is_interpreted
 from fastshift.errors import CaptureError
 
 __all__ = ["items", "main"]
@@ -121,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if (options.device == "cpu") != options.tiny:
         parser.error("--device cpu and --tiny: only together, a dry run")
+    if options.tiny and not is_interpreted():
+        parser.error("--tiny: this process has compiled kernels; expected one of its own")
     wanted = items(tiny=options.tiny, pattern=options.only)
     if not wanted:
         parser.error(f"--only: {options.only!r} is found in no name")

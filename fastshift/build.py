@@ -11,6 +11,7 @@ import torch
 from fastshift import checkpoint, cpu, spaces
 from fastshift import data as data_module
 from fastshift.config import Config
+from fastshift.device import parse_device, settle_on
 from fastshift.errors import ConfigError, FastShiftError, SpaceError
 from fastshift.settings import PlaceOptions
 from fastshift.single_path import fresh_path
@@ -71,19 +72,10 @@ def check_ema(policy: str, supernet: ChainSupernet, *, moves: bool = False) -> N
 def device_of(config: Config) -> torch.device:
     """The device that `--device` names; `ConfigError` where there is none."""
     name = config.part(PlaceOptions).device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device: {name!r}; expected one of the {count} usable GPUs, or cpu")
-    return device
+        return parse_device(name)
+    except ValueError as error:
+        raise ConfigError(f"device: {name!r}; {error}") from error
 
 
 def memory_format(config: Config) -> torch.memory_format:
@@ -257,14 +249,10 @@ def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -
 def place(config: Config, supernet: ChainSupernet) -> ChainSupernet:
     """Move a supernet to its device and, where `--layout` is an option, to its memory format.
 
-    On a GPU, fp32 is fp32 and runs repeat; it becomes the current one, where kernels are launched.
+    A GPU becomes the current one, where fp32 is fp32 and runs repeat (`device.settle_on`).
     """
     device = device_of(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
+    settle_on(device)
     supernet.to(device=device)
     if "layout" in config.values:
         supernet.memory_format = memory_format(config)

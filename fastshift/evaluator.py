@@ -13,15 +13,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
+from fastshift.device import use_device
 from fastshift.static_supernet import static_supernet
 from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import ChainSupernet, needing_moments
 from fastshift.trie import Plan
 
-__all__ = ["PRECISIONS", "STRATEGIES", "Evaluator", "Scores", "precision_scope"]
+__all__ = ["PRECISIONS", "STRATEGIES", "Evaluator", "Scores", "precision_scope", "uploaded"]
 
 STRATEGIES = ("shared", "sequential")
 PRECISIONS = ("fp32", "bf16")
+KEPT_BYTES = 1 << 30  # on a GPU, of scored batches, and as many of calibration batches
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -33,6 +35,23 @@ def precision_scope(precision: str, device: torch.device) -> AbstractContextMana
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def uploaded(batches: Batches, device: torch.device, limit: int = KEPT_BYTES) -> Batches:
+    """Batches on a device, where all of them take no more than a limit; else as they were given.
+
+    Args:
+        batches: that can be iterated again.
+        device: to keep them.
+        limit: bytes.
+    """
+    kept, left = [], limit
+    for batch in batches:
+        left -= sum(part.nbytes for part in batch)
+        if left < 0:
+            return batches
+        kept.append(tuple(part.to(device) for part in batch))
+    return kept
 
 
 @dataclass(frozen=True)
@@ -69,9 +88,10 @@ class Evaluator:
 
     Args:
         supernet: with the weights to score under; they may move between calls.
-        batches: `(images, labels)` pairs that can be iterated again and again; images `[N, C, H,
-            W]`.
-        calibration: batches for `recalibrate`, the same every time and disjoint from `batches`.
+        batches: `(images, labels)` pairs that can be iterated again and again, the same every time;
+            images `[N, C, H, W]`. For a GPU they are uploaded once and kept there where all fit in
+            1 GiB, and else at each evaluation.
+        calibration: batches for `recalibrate`, as `batches` and disjoint from them.
         batch_norm: `recalibrate` (statistics of the calibration batches per candidate), `batch` (of
             the scored batch), `running` (what pre-training left), `ema` (the same after the shift
             steps).
@@ -113,6 +133,8 @@ class Evaluator:
         self.strategy = strategy
         self.subtrie_size = subtrie_size
         self.precision = precision
+        self._uploaded: dict[str, tuple[Batches, torch.device, Batches]] = {}
+        self._sampled: tuple[Batches, Tensor] | None = None
 
     def __call__(self, archs: np.ndarray | Sequence) -> np.ndarray:
         """Score architectures.
@@ -144,7 +166,8 @@ class Evaluator:
         begin = time.perf_counter()
         plan = Plan(rows, self.subtrie_size)
         score = self._shared if self.strategy == "shared" else self._sequential
-        wrong, losses, images, calibrated, computed = score(plan)
+        with use_device(next(self.supernet.parameters()).device):
+            wrong, losses, images, calibrated, computed = score(plan)
         if images == 0:
             raise ValueError("batches: none to score on")
         errors, losses = wrong / images, losses / images
@@ -176,14 +199,28 @@ class Evaluator:
             moments = self.supernet.ema
         elif self.batch_norm == "running":
             moments = dict(self.supernet.named_buffers())
-        found = static.evaluate(plan, self.batches, self.calibration, self.batch_norm, moments)
-        return *found, computed
+        given = self._there("batches"), self._there("calibration")
+        return *static.evaluate(plan, *given, self.batch_norm, moments), computed
 
     def _sample(self) -> Tensor:
-        first = next(iter(self.batches), None)
-        if first is None:
-            raise ValueError("batches: none to score on")
-        return first[0]
+        """No images, of the size of those that are scored; a batch is read for it once."""
+        if self._sampled is None or self._sampled[0] is not self.batches:
+            first = next(iter(self.batches), None)
+            if first is None:
+                raise ValueError("batches: none to score on")
+            self._sampled = self.batches, first[0][:0].clone()
+        return self._sampled[1]
+
+    def _there(self, name: str) -> Batches:
+        """Batches as the supernet's device reads them: kept there where they fit."""
+        batches = getattr(self, name)
+        device = next(self.supernet.parameters()).device
+        if device.type == "cpu" or batches is None:
+            return batches
+        found = self._uploaded.get(name)
+        if found is None or found[0] is not batches or found[1] != device:
+            found = self._uploaded[name] = batches, device, uploaded(batches, device)
+        return found[2]
 
     def _by_modules(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
         supernet, norms = self.supernet, BatchNorms(self.supernet)
@@ -199,12 +236,12 @@ class Evaluator:
         ):
             if self.batch_norm == "recalibrate":
                 statistics = Statistics.empty(plan)
-                for x, _ in self.calibration:
+                for x, _ in self._there("calibration"):
                     calibrate_step(supernet, norms, plan, self._place(x)[0], statistics)
                     calibrated += len(x)
                 if calibrated == 0:
                     raise ValueError("calibration: no batches; recalibrate needs at least one")
-            for x, y in self.batches:
+            for x, y in self._there("batches"):
                 x, y = self._place(x, y)
                 w, s = eval_step(supernet, norms, plan, x, y, self.batch_norm, statistics)
                 wrong, losses = (w, s) if wrong is None else (wrong + w, losses + s)

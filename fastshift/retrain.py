@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastshift.device import parse_device, use_device
 from fastshift.errors import ConfigError, DataError
 from fastshift.identity import with_overrides
 from fastshift.pretrain import PretrainOptions, pretrain
@@ -102,7 +103,7 @@ def retrain(
     *,
     options: RetrainOptions | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     precision: str = "fp32",
     memory_format: torch.memory_format = torch.contiguous_format,
     out: str | Path | None = None,
@@ -126,7 +127,8 @@ def retrain(
         epochs: passes over the training part; overrides the options'.
         options: everything else; single fields can be given as keywords.
         seed: of initial weights, batches and masks.
-        device: where to train.
+        device: where to train, `auto` a GPU where there is one; None takes the supernet's, or a
+            CPU for a space.
         precision: `fp32` or `bf16`.
         memory_format: of the weights; decides speed, and rounding.
         out: run directory for checkpoints, or None.
@@ -151,6 +153,12 @@ def retrain(
     options = with_overrides(options or RetrainOptions(), overrides)
     if data.test is None:
         raise DataError(f"data {data.spec!r}: no test set, expected one to test the network on")
+    if device is None:
+        device = next(space.parameters()).device if isinstance(space, nn.Module) else "cpu"
+    try:
+        device = parse_device(device)
+    except ValueError as error:
+        raise ConfigError(f"device: {str(device)!r}; {error}") from error
     path = fresh_path(space, arch, seed)
     path.to(device=device, memory_format=memory_format)
     trained = pretrain(
@@ -167,10 +175,12 @@ def retrain(
         what="retrain",
     )
     net = path.subnet(np.zeros(path.space.num_blocks, np.uint8))
+    with use_device(device):
+        error = None if trained.stopped else top1_error(net, data.test)
     return Retrained(
         net=net,
         path=path,
-        test_error=None if trained.stopped else top1_error(net, data.test),
+        test_error=error,
         loss=trained.loss,
         steps=trained.steps,
         seconds=trained.seconds,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastshift.batch_norm import BatchNorms, MovingAverages
+from fastshift.device import use_device
 from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError, UnsupportedError
 from fastshift.evaluator import precision_scope
 from fastshift.optim import PathSGD
@@ -134,9 +135,10 @@ class PathTrainer:
         scale = 1.0 if self.reduction == "sum" else 1.0 / plan.num_rows
         moving = any(p.requires_grad for p in self._trunk)
         key = (self.seed, position)
-        trainer = self._static_trainer(plan, images)
-        step = self._step_by_modules if trainer is None else trainer.update
-        total, moved = step(plan, images, labels, key=key, scale=scale, moving=moving)
+        with use_device(next(supernet.parameters()).device):
+            trainer = self._static_trainer(plan, images)
+            step = self._step_by_modules if trainer is None else trainer.update
+            total, moved = step(plan, images, labels, key=key, scale=scale, moving=moving)
         loss = total / plan.num_rows
         if moved:
             supernet.version += 1

@@ -1,6 +1,7 @@
-"""What must be set before torch and Triton are imported: threads, and the kernels' interpreter.
+"""What must be set before torch and Triton are imported: threads, device, the kernels' interpreter.
 
-One thread an operator: results repeat, busy cores do not spin. Without a CUDA device Triton's
+One thread an operator: results repeat, busy cores do not spin. What asks for no device gets a CPU
+wherever the suite runs: tests of a GPU are marked and name theirs. Without a CUDA device Triton's
 kernels run in its interpreter, which is chosen when a kernel is defined.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["FASTSHIFT_DEVICE"] = "cpu"
 
 import numpy as np
 import pytest

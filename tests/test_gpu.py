@@ -18,6 +18,7 @@ from gpu_items import Bench, Item
 from gpu_report import DRY_RUN
 from gpu_timing import Clock, OutOfTimeError, Several, in_turns
 
+from fastshift.cpu import is_interpreted
 from fastshift.kernels import loss
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,10 @@ KERNELS = (
     "sgd_step",
     "augment_images",
 )
+
+
+# Kernels that this process compiled for a GPU cannot run dry as well.
+dry = pytest.mark.skipif(not is_interpreted(), reason="the kernels are compiled here")
 
 
 @pytest.fixture
@@ -66,6 +71,7 @@ def test_without_cuda_everything_is_named_as_not_measured(capsys, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+@dry
 def test_a_broken_kernel_is_refused_by_its_own_test(capsys, monkeypatch, tmp_path):
     # A plugin of the gate's own process; the other kernels' tests pass there.
     (tmp_path / "broken_loss.py").write_text(
@@ -89,6 +95,7 @@ def test_a_broken_kernel_is_refused_by_its_own_test(capsys, monkeypatch, tmp_pat
     assert not record.exists()
 
 
+@dry
 @pytest.mark.usefixtures("green")
 def test_a_wrong_evaluation_is_refused(capsys, monkeypatch):
     def run(device, archs, dtype, strategy):
@@ -101,6 +108,7 @@ def test_a_wrong_evaluation_is_refused(capsys, monkeypatch):
     assert "REFUSED, nothing was timed: modules, scores: error" in capsys.readouterr().out
 
 
+@dry
 @pytest.mark.usefixtures("green")
 def test_a_dry_run_says_so_in_its_table_and_its_record(capsys, tmp_path):
     path = tmp_path / "record.json"
@@ -129,6 +137,7 @@ def test_a_dry_run_says_so_in_its_table_and_its_record(capsys, tmp_path):
     assert all(0 <= error < 1e-5 for error in errors)
 
 
+@dry
 def test_a_kernel_that_is_wrong_at_a_named_shape_is_not_timed(monkeypatch):
     _break_the_loss(monkeypatch)
     [item] = gpu.items(tiny=True, pattern=r"^candidate_loss \|")
@@ -223,6 +232,33 @@ def test_a_dry_run_is_one_or_the_other():
     for options in (["--tiny"], ["--device", "cpu"], [*DRY, "--only", "no such name"]):
         with pytest.raises(SystemExit):
             gpu.main(options)
+
+
+def test_a_dry_run_with_compiled_kernels_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "is_interpreted", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(DRY)
+    assert "--tiny: this process has compiled kernels" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_its_own_process_sees_no_gpu():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['gpu.py', '--device', 'cpu', '--tiny', '--only', 'no such name']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    import os\n"
+        "    print(os.environ['CUDA_VISIBLE_DEVICES'] == '', os.environ['TRITON_INTERPRET'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "True 1", done.stderr
 
 
 @pytest.mark.slow

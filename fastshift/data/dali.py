@@ -20,6 +20,7 @@ from fastshift.data.dali_reader import Reader, Request, check_installed
 from fastshift.data.image_folder import FolderSource, open_image, read_folder
 from fastshift.data.options import Options
 from fastshift.data.resized_crop import ResizedCrop
+from fastshift.device import parse_device
 from fastshift.errors import DataError
 
 __all__ = ["DaliFixedBatches", "DaliSource", "DaliTrainBatches", "read_dali"]
@@ -313,17 +314,10 @@ def read_dali(directory: str, options: Options) -> tuple[DaliSource, DaliSource,
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise DataError(f"device={name!r}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"device={name!r}: no usable GPU, expected auto or cpu")
-    return device
+        return parse_device(name)
+    except ValueError as error:
+        raise DataError(f"device={name!r}: {error}") from error
 
 
 def _check_shard(shard_id: int, num_shards: int) -> None:

@@ -1,0 +1,70 @@
+"""The one place for devices: which one a name means, and how exactly a GPU computes.
+
+`auto` is a GPU where there is one; `FASTSHIFT_DEVICE` says another. On a GPU fp32 is fp32, unless
+PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`), and runs repeat.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["parse_device", "settle_on", "use_device"]
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """The device that a name means, where it can be used.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ValueError: with what is expected instead, to be put behind the option's name.
+    """
+    text = str(name)
+    if text == "auto":
+        text = os.environ.get("FASTSHIFT_DEVICE") or "auto"
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError("no usable GPU, expected auto or cpu")
+        if (device.index or 0) >= count:
+            raise ValueError(f"expected one of the {count} usable GPUs, or cpu")
+    return device
+
+
+def settle_on(device: torch.device) -> None:
+    """Compute on a device from here on: a GPU becomes the current one, and exact."""
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn
+        torch.cuda.set_device(device.index or 0)
+        cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+        cudnn.deterministic, cudnn.benchmark = True, False
+
+
+@contextmanager
+def use_device(device: torch.device) -> Iterator[None]:
+    """Compute on a device: a GPU is the current one, and exact, and afterwards all is as it was."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, names = torch.backends.cudnn, ("allow_tf32", "deterministic", "benchmark")
+    before = [getattr(cudnn, name) for name in names]
+    with torch.cuda.device(device):
+        try:
+            settle_on(device)
+            yield
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(cudnn, name, value)
