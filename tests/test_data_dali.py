@@ -77,7 +77,8 @@ def data(folder):
 
 def load(folder, spec="dali", **options):
     options = {"image_size": SIZE, "batch_size": 8, "seed": 5, "validation_size": 14} | options
-    return fsdata.load(f"{spec}:{folder}", validation_batch_size=5, device="cpu", **options)
+    options = {"device": "cpu"} | options
+    return fsdata.load(f"{spec}:{folder}", validation_batch_size=5, **options)
 
 
 def levels(data, images):
@@ -442,3 +443,33 @@ def test_for_a_gpu_everything_behind_the_file_is_on_the_gpu():
     with Pipeline(batch_size=1, num_threads=1, device_id=0):
         for colors in (False, True):
             assert Reader(8, device, normalise, has_colors=colors)._graph().device == "gpu"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_images_are_torchvisions_and_a_stream_goes_on_where_it_was(folder):
+    data = load(folder, device="cuda")
+    source = data.test._source
+    images = torch.cat([images for images, _ in data.test])
+    assert images.device.type == "cuda"
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    expected = by_torchvision(source.middle(np.arange(len(source.labels))))
+    assert_close(levels(data, images.cpu()), expected)
+    batches = [data.train.batch(index) for index in range(6)]
+    for index, (images, labels) in enumerate(batches):
+        assert images.device.type == "cuda"
+        request = data.train._request((index, 8, "train"))
+        assert_close(levels(data, images.cpu()), by_torchvision(request))
+        assert equal([labels], [load(folder).train.batch(index)[1]])
+    again = load(folder, device="cuda").train
+    for index in (3, 4, 1):
+        assert equal(again.batch(index), batches[index])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_colours_change_as_on_a_cpu(folder):
+    trains = [load(folder, color_jitter=0.4, device=name).train for name in ("cpu", "cuda")]
+    for index in range(3):
+        one, two = (train.batch(index)[0].cpu() for train in trains)
+        assert_close(*(levels(load(folder), images) for images in (one, two)))
