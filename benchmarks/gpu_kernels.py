@@ -8,7 +8,7 @@ of a time is Python's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -231,18 +231,42 @@ def _loss(given: tuple) -> Callable[[], object]:
     return call
 
 
+class _Gradient:
+    """A gradient by autograd alone: its forward pass runs once on each stream.
+
+    A pass back runs on the stream of its forward pass, so that of another stream could not be
+    captured. On the stream of captures the first call, before them, makes one for it.
+    """
+
+    def __init__(self, forward: Callable[[], tuple[Tensor, Sequence[Tensor], Tensor]]) -> None:
+        self._forward = forward
+        self._made: dict[object, tuple[Tensor, Sequence[Tensor], Tensor]] = {}
+
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        """The gradients of what `forward` gives, in the inputs it names, by a given one."""
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        if stream not in self._made:
+            with torch.enable_grad():
+                self._made[stream] = self._forward()
+        y, inputs, dy = self._made[stream]
+        return torch.autograd.grad(y, inputs, dy, retain_graph=True, allow_unused=True)
+
+
 def _loss_gradient(given: tuple) -> Callable[[], object]:
     d_losses, logits, labels, _, smoothing = given
-    logits = logits.clone().requires_grad_()
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1),
-        labels.repeat(len(logits)),
-        reduction="none",
-        label_smoothing=smoothing,
-    )
-    total = losses.view(len(logits), -1).sum(dim=1)
-    d_total = d_losses.to(total.dtype)
-    return lambda: torch.autograd.grad(total, logits, d_total, retain_graph=True)
+
+    def forward() -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        used = logits.clone().requires_grad_()
+        losses = functional.cross_entropy(
+            used.flatten(0, 1),
+            labels.repeat(len(used)),
+            reduction="none",
+            label_smoothing=smoothing,
+        )
+        total = losses.view(len(used), -1).sum(dim=1)
+        return total, [used], d_losses.to(total.dtype)
+
+    return _Gradient(forward)
 
 
 def _optimizer_step(given: tuple) -> Callable[[], object]:
@@ -274,8 +298,11 @@ def _layer(layer: Layer, given: tuple) -> Callable[[], object]:
 
 def _layer_gradient(layer: Layer, given: tuple) -> Callable[[], object]:
     dy, rows, parent, choice, parameters = given[:5]
-    used = rows.clone().requires_grad_()
-    narrow = [p.to(rows.dtype).requires_grad_() for p in parameters]
-    with torch.enable_grad():
-        y = _operators_ref.train(used, parent.tolist(), choice.tolist(), narrow, layer)[0]
-    return lambda: torch.autograd.grad(y, [used, *narrow], dy, retain_graph=True, allow_unused=True)
+    nodes = parent.tolist(), choice.tolist()
+
+    def forward() -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        used = rows.clone().requires_grad_()
+        narrow = [p.to(rows.dtype).requires_grad_() for p in parameters]
+        return _operators_ref.train(used, *nodes, narrow, layer)[0], [used, *narrow], dy
+
+    return _Gradient(forward)

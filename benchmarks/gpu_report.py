@@ -82,6 +82,12 @@ def tables(record: Mapping[str, Any]) -> str:
         unit, scale = _UNITS.get(name, _RATE)
         lines.append(f"- {name}: {scale * value:.4g} {unit}")
     lines += ["", *_figures(record["rows"])]
+    captured = [row for row in record["rows"] if row.get("captures")]
+    if captured:
+        lines += ["", "Of these times, what capturing CUDA graphs took:"]
+        for row in captured:
+            what = f"{row['captures']} graphs, {row['capture_s']:.3g} s"
+            lines.append(f"- {row['item']}, {row['provider']}: {what}")
     cached = [row["item"] for row in record["rows"] if row.get("in_cache")]
     if cached:
         lines += ["", "Inputs that fit into the cache: " + "; ".join(dict.fromkeys(cached))]

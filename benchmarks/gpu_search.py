@@ -1,14 +1,17 @@
 """A small search from end to end, beside what the baselines would take for the same work.
 
 The search is timed whole, by the wall's clock, once for each provider after a shorter one that
-compiles and captures. The baselines' figures are composed: their time for a candidate's score and
-its share of the updates, of a few candidates, times what the search asked for.
+compiles the kernels and captures the graphs for scoring. Those of updates belong to a search's own
+trainer, and are captured anew in each: that is part of the time, and told apart. The baselines'
+figures are composed: their time for a candidate's score and its share of the updates, of a few
+candidates, times what the search asked for.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,7 @@ from gpu_networks import CELLS, LOOP, TINY_CELLS, Cell, Setting
 from torch import Tensor
 
 import fastshift as fs
+from fastshift.graphs import CAPTURES
 from fastshift.supernet import Supernet
 from fastshift.testing import synthetic_data
 
@@ -93,9 +97,9 @@ def _search(cell: Cell, precision: str, bench: Bench) -> Iterator[Row]:
     for provider in PROVIDERS[bench.device.type]:
         supernet, data = Setting(cell, LAST, bench.device).supernet, _data(cell, bench.device)
         with steps_by(provider, bench.device), plain_fp32():
-            first, _ = _timed(bench, supernet, data, generations=0, shift_steps=1, **options)
+            first, *_ = _timed(bench, supernet, data, generations=0, shift_steps=1, **options)
             bench.clock.need((GENERATIONS + 1) * first, f"the search by {provider}")
-            seconds, result = _timed(
+            seconds, result, captured = _timed(
                 bench, supernet, data, generations=GENERATIONS, shift_steps=steps, **options
             )
         yield {
@@ -105,17 +109,24 @@ def _search(cell: Cell, precision: str, bench: Bench) -> Iterator[Row]:
             "rounds": 1,
             "calls_a_round": 1,
             "first_call_s": float(f"{first:.3g}"),
+            **captured,
             "budget": result.budget,
         }
     yield from _composed(cell, precision, bench, result.budget["scored"], result.budget["updates"])
 
 
 def _timed(bench: Bench, supernet: Supernet, data: SimpleNamespace, **options: Any) -> tuple:
-    begin = time.perf_counter()
+    """Seconds, the result, and what capturing took of them."""
+    before, begin = replace(CAPTURES), time.perf_counter()
     result = fs.search(supernet, data, seed=0, **options)
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, result
+    seconds = time.perf_counter() - begin
+    captured = {
+        "captures": CAPTURES.count - before.count,
+        "capture_s": float(f"{CAPTURES.seconds - before.seconds:.3g}"),
+    }
+    return seconds, result, captured
 
 
 def _composed(cell: Cell, precision: str, bench: Bench, scored: int, updates: int) -> Iterator[Row]:

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import gpu
 import gpu_gate
+import gpu_kernels
 import pytest
 import torch
 from gpu_ceilings import CEILINGS, share
 from gpu_items import Bench, Item
-from gpu_report import DRY_RUN
+from gpu_report import DRY_RUN, tables
 from gpu_timing import Clock, OutOfTimeError, Several, in_turns
 
 from fastshift.cpu import is_interpreted
 from fastshift.kernels import loss
+from fastshift.testing import global_error
 
 ROOT = Path(__file__).parents[1]
 DRY = ["--device", "cpu", "--tiny"]
@@ -143,6 +145,62 @@ def test_a_kernel_that_is_wrong_at_a_named_shape_is_not_timed(monkeypatch):
     [item] = gpu.items(tiny=True, pattern=r"^candidate_loss \|")
     with pytest.raises(AssertionError, match=r"candidate_loss: error 0\.001"):
         list(item.measure(Bench(CPU, Clock(100.0), True)))
+
+
+def test_a_gradients_forward_pass_runs_once_on_each_stream_and_never_in_a_capture(monkeypatch):
+    streams = ["main"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    passes = []
+
+    def forward():
+        passes.append(streams[-1])
+        x = torch.ones(3, requires_grad=True)
+        return (2 * x).sum(), [x], torch.tensor(1.0)
+
+    gradient = gpu_kernels._Gradient(forward)
+    for stream in ("main", "main", "captures", "captures", "main"):
+        streams.append(stream)
+        assert torch.equal(gradient()[0], torch.full((3,), 2.0))
+    assert passes == ["main", "captures"]
+
+
+@dry
+@pytest.mark.parametrize("name", ["layer_backward", "candidate_loss_backward"])
+def test_pytorchs_gradients_are_the_kernels(name, monkeypatch):
+    found = {}
+    monkeypatch.setattr(gpu_kernels, "in_turns", lambda calls, *_, **__: found.update(calls) or {})
+    monkeypatch.setattr(gpu_kernels, "_captured", lambda *_: {})
+    [item] = gpu.items(tiny=True, pattern=rf"^{name} \|")
+    list(item.measure(Bench(CPU, Clock(100.0), True)))
+    ours, theirs = found["triton"](0), found["pytorch"](0)
+    if name == "layer_backward":
+        ours = [ours[0], *ours[1]]
+    pairs = [(a, b) for a, b in zip(_flat(ours), theirs, strict=True) if b is not None]
+    assert len(pairs) >= 1
+    assert global_error([a for a, _ in pairs], [b for _, b in pairs]) < 1e-4
+
+
+def _flat(found):
+    return [found] if isinstance(found, torch.Tensor) else found
+
+
+def test_what_captures_took_is_told_apart():
+    row = {"item": "search | x", "provider": "graph", "is_baseline": False, "median_ms": 1.0}
+    record = {
+        "dry_run": None,
+        "environment": {"commit": "c"},
+        "clock": "CUDA events",
+        "seconds": 1.0,
+        "gate": {},
+        "ceilings": {},
+        "rows": [row | {"captures": 52, "capture_s": 3.14}],
+        "left_out": {},
+    }
+    said = tables(record)
+    assert "- search | x, graph: 52 graphs, 3.14 s" in said
+    record["rows"] = [row | {"captures": 0, "capture_s": 0.0}]
+    assert "graphs," not in tables(record)
 
 
 def _item(name, measure, part="kernels"):
