@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fastshift import data as fsdata
-from fastshift.data.batches import Augmentation, Normalisation
+from fastshift.data import arrays
+from fastshift.data.batches import Augmentation, Normalisation, TrainBatches
 from fastshift.data.splits import stratified
+from fastshift.data.uploaded import UploadedTrainBatches
 from fastshift.errors import DataError
 
 NEUTRAL = Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -377,3 +379,64 @@ def test_the_seed_of_a_run_does_not_move_what_is_held_out():
     assert not torch.equal(first.train.batch(0)[1], second.train.batch(0)[1])
     moved = fsdata.load("digits", split_seed=1)
     assert not torch.equal(first.validation[0][1], moved.validation[0][1])
+
+
+# On a device
+
+
+def _both_streams(device, **options):
+    """The training part on the host, and the same on a device."""
+    images, labels = pictures(60, 8, options.pop("channels", 3))
+    plain = fsdata.from_arrays(images, labels, batch_size=7, seed=3, **options).train
+    there = UploadedTrainBatches(
+        device=device,
+        source=plain._source,
+        positions=plain._positions,
+        batch_size=plain.batch_size,
+        seed=plain.seed,
+        normalise=plain._normalise,
+        augmentation=plain.augmentation,
+    )
+    return plain, there
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"flip": False}, {"augment": False}, {"channels": 1, "flip": True}]
+)
+def test_batches_of_images_on_a_device_are_those_of_the_host(options):
+    pytest.importorskip("triton")
+    plain, there = _both_streams(torch.device("cpu"), **options)
+    assert there.describe() == plain.describe()
+    for key in ((0,), (20, 5), (3, 64, "shift"), (0,)):
+        (images, labels), (found, same) = plain.batch(*key), there.batch(*key)
+        assert torch.equal(found, images)
+        assert torch.equal(same, labels)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_batches_of_images_on_a_gpu_are_those_of_the_host_but_for_a_rounding():
+    plain, there = _both_streams(torch.device("cuda", 0))
+    for index in (0, 9, 4):
+        (images, labels), (found, same) = plain.batch(index), there.batch(index)
+        assert found.device.type == "cuda"
+        assert torch.allclose(found.cpu(), images, rtol=0, atol=2.0**-22)
+        assert torch.equal(same, labels)
+
+
+def test_a_gpu_that_is_named_holds_the_training_part_where_it_fits(monkeypatch):
+    pytest.importorskip("triton")
+    given = pictures()
+
+    def made(**options):
+        return type(fsdata.from_arrays(*given, **options).train)
+
+    assert made() is made(device="cpu") is TrainBatches
+    if not torch.cuda.is_available():
+        with pytest.raises(DataError, match="device='cuda': no usable GPU"):
+            made(device="cuda")
+    monkeypatch.setattr(arrays, "parse_device", torch.device)
+    assert made(device="cuda") is made(device="cuda:0") is UploadedTrainBatches
+    monkeypatch.setattr(arrays, "MOST_BYTES", 1000)
+    assert made(device="cuda") is TrainBatches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshift.data.batches import Source
+from fastshift.data.batches import Normalisation, Source, TrainBatches
+from fastshift.data.options import Options
 from fastshift.data.splits import check_labels
+from fastshift.data.uploaded import MOST_BYTES, UploadedTrainBatches
+from fastshift.device import parse_device
 from fastshift.errors import DataError
 
 __all__ = ["ArraySource", "read_npz"]
@@ -83,6 +87,36 @@ class ArraySource(Source):
     def subset(self, positions: np.ndarray, labels: np.ndarray) -> ArraySource:
         """Return a source of these images alone, with these labels."""
         return ArraySource(self.take(positions), labels)
+
+    def train_batches(
+        self, positions: np.ndarray, *, options: Options, normalise: Normalisation, flip: bool
+    ) -> TrainBatches:
+        """Return the images at `positions` as an endless stream, on a GPU where one is named.
+
+        Raises:
+            DataError: as the other sources, or that GPU is not there.
+        """
+        plain = super().train_batches(positions, options=options, normalise=normalise, flip=flip)
+        num_bytes = len(positions) * self.images[:1].numel()
+        if (
+            not options.device.startswith("cuda")
+            or num_bytes > MOST_BYTES
+            or find_spec("triton") is None
+        ):
+            return plain
+        try:
+            device = parse_device(options.device)
+        except ValueError as error:
+            raise DataError(f"device={options.device!r}: {error}") from error
+        return UploadedTrainBatches(
+            device=device,
+            source=self,
+            positions=positions,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            normalise=normalise,
+            augmentation=plain.augmentation,
+        )
 
     def digest(self) -> str:
         """Return a sha256 over shape, pixels and labels, as hexadecimal digits."""

@@ -101,13 +101,17 @@ class Normalisation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn `[N, C, H, W]` uint8 into normalised float32 of the same shape."""
+        scale, shift = self.factors()
+        normalised = images.to(torch.float32, memory_format=torch.contiguous_format)
+        normalised *= scale.view(-1, 1, 1)
+        normalised += shift.view(-1, 1, 1)
+        return normalised
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return what a channel's pixels are multiplied by, and what is added then, `[C]` each."""
         scale = [1 / (255 * std) for std in self.std]
         shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
-        shape = (-1, 1, 1)
-        normalised = images.to(torch.float32, memory_format=torch.contiguous_format)
-        normalised *= torch.tensor(scale).view(shape)
-        normalised += torch.tensor(shift).view(shape)
-        return normalised
+        return torch.tensor(scale), torch.tensor(shift)
 
 
 @dataclass(frozen=True)
@@ -133,18 +137,27 @@ class Augmentation:
         # numpy: its gather of windows takes 0.2 ms at [128, 3, 32, 32], torch's 1.2 ms
         pixels = images.numpy()
         num, channels, height, width = pixels.shape
+        (top, left), flips = self.draw(num, rng)
         if self.padding:
             pad = self.padding
             padded = np.empty((num, channels, height + 2 * pad, width + 2 * pad), np.uint8)
             padded[:] = np.array(self.fill, np.uint8)[:, None, None]
             padded[:, :, pad : pad + height, pad : pad + width] = pixels
-            top, left = rng.integers(2 * pad + 1, size=(2, num))
             windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))
             pixels = windows[np.arange(num), :, top, left]
         if self.flip:
-            flipped = np.flatnonzero(rng.random(num) < 0.5)
+            flipped = np.flatnonzero(flips)
             pixels[flipped] = pixels[flipped][..., ::-1]
         return torch.from_numpy(pixels)
+
+    def draw(self, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw for so many images: top and left of each crop, `[2, num]`, and who is flipped."""
+        corners, flips = np.zeros((2, num), np.int64), np.zeros(num, bool)
+        if self.padding:
+            corners = rng.integers(2 * self.padding + 1, size=(2, num))
+        if self.flip:
+            flips = rng.random(num) < 0.5
+        return corners, flips
 
     def describe(self) -> dict[str, object]:
         """Return what it does, ready for JSON."""
