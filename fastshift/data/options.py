@@ -67,8 +67,8 @@ class Options:
         color_jitter: of `dali` alone: how far augmentation moves brightness, contrast and
             saturation, each by a factor drawn from 1 - color_jitter to 1 + color_jitter.
         device: of `dali`: what decodes and holds the batches, `cpu`, `cuda`, `cuda:N`, or `auto`, a
-            GPU where there is one. Of images in memory: a GPU that is named holds a training part of
-            up to 1 GiB, and augments it.
+            GPU where there is one. Of images in memory: a GPU that is named holds a training part
+            of up to 1 GiB, and augments it.
     """
 
     batch_size: int = 128
