@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from fastshift._native import cpu as _cpu
 from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
+from fastshift.tracing import has_global_hooks, is_changed
 
 __all__ = [
     "CpuBlock",
@@ -137,15 +138,17 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
     ):
         return None
     modules = _modules_of(op)
+    # What hangs on a module, or stands in for its forward, expects it to be called.
+    if has_global_hooks() or any(map(is_changed, modules)) or not _are_chains(modules):
+        return None
     units = [module for module in modules if isinstance(module, ConvUnit)]
     # A unit that was replaced, or changed into what the kernels lack, shows here.
     if not _are_built_in(units):
         return None
     found = _BLOCKS.get(op)
-    if found is None or not found.holds(units):
+    if found is None or not found.holds(op, units):
         found = _BLOCKS[op] = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
-    # A hook expects the module it hangs on to be called.
-    return None if any(map(_has_hooks, modules)) else found
+    return found
 
 
 def _modules_of(op: nn.Module) -> list[nn.Module]:
@@ -168,31 +171,57 @@ def row_dtype(x: Tensor) -> torch.dtype | None:
     return wanted if wanted is torch.bfloat16 and known else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def _are_chains(modules: Sequence[nn.Module]) -> bool:
+    """Whether the parts are the descriptions' own: chains of units, and nothing else's forward."""
+    for module in modules:
+        if isinstance(module, UnitChain):
+            if type(module) not in (UnitChain, OpModule):
+                return False
+            own = module._modules
+            if not all(isinstance(own.get(str(i)), ConvUnit) for i in range(module.num_units)):
+                return False
+        elif isinstance(module, ConvUnit) and type(module).forward is not ConvUnit.forward:
+            return False
+    return True
 
 
 def _are_built_in(units: Sequence[ConvUnit]) -> bool:
     for unit in units:
         norm = _norm(unit)
+        kernel, stride = unit.kernel_size[0], unit.stride[0]
         if not (
             type(norm) is nn.BatchNorm2d
             and norm.track_running_stats
-            and all(p is None or p.dtype is torch.float32 for p in (_weight(unit), *_affine(norm)))
+            and all(p is None or _is_plain_memory(p) for p in (_weight(unit), *_affine(norm)))
             and unit.bias is None
             and unit.dilation == (1, 1)
-            and unit.padding == (unit.kernel_size[0] // 2,) * 2
+            and unit.padding == (kernel // 2,) * 2
+            and unit.padding_mode == "zeros"
+            and unit.kernel_size == (kernel, kernel)
+            and unit.stride == (stride, stride)
             and (
-                unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2))
+                unit.groups == 1
+                or (
+                    unit.groups == unit.in_channels == unit.out_channels
+                    and kernel in (3, 5, 7)
+                    and stride in (1, 2)
+                )
             )
         ):
             return False
     return bool(units)
+
+
+def _is_plain_memory(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+
+
+def _plan(op: UnitChain, units: Sequence[ConvUnit]) -> tuple:
+    """What the compiled form of an op was made from."""
+    return op.__dict__.get("frame"), *(
+        (u.in_channels, u.out_channels, u.kernel_size, u.stride, u.groups, u.activation)
+        for u in units
+    )
 
 
 # Past nn.Module.__getattr__, which costs more than all else at the kernels' smallest sizes.
@@ -248,6 +277,7 @@ class CpuBlock:
         if shortcut is not None:
             units += [shortcut._modules[str(i)] for i in range(shortcut.num_units)]
         self.units = units
+        self._made_of = _plan(op, units)
         self.main = main
         self.frame = frame
         splits = frame == "shuffle" and shortcut is None
@@ -274,9 +304,13 @@ class CpuBlock:
             self.out_channels,
         )
 
-    def holds(self, units: Sequence[ConvUnit]) -> bool:
-        """Whether this was made of just these units."""
-        return len(units) == len(self.units) and all(map(operator.is_, units, self.units))
+    def holds(self, op: UnitChain, units: Sequence[ConvUnit]) -> bool:
+        """Whether this was made of just these units, as they are now."""
+        return (
+            len(units) == len(self.units)
+            and all(map(operator.is_, units, self.units))
+            and _plan(op, units) == self._made_of
+        )
 
     @property
     def eps(self) -> list[float]:
@@ -307,6 +341,18 @@ class CpuBlock:
         """Refuse rows that the kernels would read past the end of."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: {tuple(x.shape)}; expected [N, {self.in_channels}, H, W]")
+
+    def _fixed(self, moments: Sequence[Moments]) -> list[Tensor]:
+        """Means and variances as the kernels read them."""
+        if len(moments) != len(self.units):
+            raise ValueError(f"moments: {len(moments)} pairs; expected {len(self.units)}")
+        found = [moment for pair in moments for moment in pair]
+        for index, moment in enumerate(found):
+            width = (self.units[index // 2].out_channels,)
+            if moment.shape != width or moment.device.type != "cpu":
+                place = f"{tuple(moment.shape)} on {moment.device}"
+                raise ValueError(f"moments: {place}; expected {width} on cpu")
+        return [moment.float().contiguous() for moment in found]
 
     def train(self, x: Tensor) -> tuple[Tensor, list[Moments]]:
         """Apply the op with each batch norm normalising by this batch's own moments.
@@ -346,13 +392,14 @@ class CpuBlock:
         else:
             y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1], x.dtype)
         parameters = [_plain(p) for p in self.parameters()]
+        fixed = self._fixed(moments)
         self.core.infer(
             instruction_set(),
             (n, height, width),
             x.data_ptr(),
             _pointers(parameters),
             self.eps,
-            [s.data_ptr() for pair in moments for s in pair],
+            _pointers(fixed),
             y.data_ptr(),
             pooled,
             torch.get_num_threads(),
@@ -368,9 +415,9 @@ class CpuHead:
         self._head = ref(head)  # its classifier may be replaced
         self.block = CpuBlock(head.features)
 
-    def holds(self, units: Sequence[ConvUnit]) -> bool:
-        """Whether this was made of just these units."""
-        return self.block.holds(units)
+    def holds(self, head: HeadModule, units: Sequence[ConvUnit]) -> bool:
+        """Whether this was made of just these units, as they are now."""
+        return self.block.holds(head.features, units)
 
     def _logits(self, features: Tensor) -> Tensor:
         head = self._head()

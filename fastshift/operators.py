@@ -286,10 +286,12 @@ def saved_floats(
 def _backward(d_out, rows, parent, choice, parameters, statistics, saved, layer, needs):
     described = _checked(rows, parent, choice, parameters, layer)
     run, nodes = _kernels(described, rows, parent, choice, parameters)
-    expected = saved_floats(described, rows, choice, parameters)
-    if saved.shape[0] != expected:
+    expected = (saved_floats(described, rows, choice, parameters),)
+    wide = _operators_ref.wide_type(rows, parameters)
+    if saved.shape != expected or saved.dtype is not wide or not saved.is_contiguous():
         raise ValueError(
-            f"saved: {saved.shape[0]} floats; expected {expected}, as layer_train keeps"
+            f"saved: {tuple(saved.shape)} of {saved.dtype}; expected {expected} of {wide}, "
+            "contiguous, as layer_train keeps"
         )
     expected = (choice.shape[0], *rows.shape[1:2], *described.output_shape(*rows.shape[2:]))
     if d_out.shape != expected or d_out.dtype is not rows.dtype:

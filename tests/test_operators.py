@@ -521,7 +521,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     y, statistics, saved = train(rows, parent, choice, given, text)
     needs = [True] * (1 + len(given))
     for d_out, sums, kept, says in (
-        (y, statistics, torch.empty(0), "saved: 0 floats"),
+        (y, statistics, torch.empty(0), r"saved: \(0,\)"),
+        (y, statistics, saved.bfloat16(), "saved: .* of torch.bfloat16"),
+        (y, statistics, torch.stack((saved, saved), 1)[:, 0], "saved: .*contiguous"),
         (y[:1], statistics, saved, "d_out: "),
         (y.bfloat16(), statistics, saved, "d_out: "),
         (y, statistics[:1], saved, "statistics: shape"),
