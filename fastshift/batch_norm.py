@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastshift.backends import backend
 from fastshift.channel_moments import summed_in_chunks
-from fastshift.cpu import backend, block_of
+from fastshift.cpu import block_of
 from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastshift import _operators_cpu, _operators_ref, _operators_triton
-from fastshift.cpu import backend, cuda_backend, is_interpreted
+from fastshift.backends import backend, cuda_backend, is_interpreted
 from fastshift.errors import ConfigError
 from fastshift.population_layer import PopulationLayer, parse_layer
 
