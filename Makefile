@@ -56,7 +56,7 @@ sanitize: $(VENV)/.made-test
 	LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
-	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZED) $(ARGS)
+	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider $(SANITIZED) $(ARGS)
 
 # The Triton kernels' tests under the interpreter, each access checked against the tensors' memory.
 sanitize-kernels: $(VENV)/.made-test
