@@ -31,8 +31,8 @@ from fastshift.ops import (
     shuffle_unit,
     shuffle_xception,
 )
+from fastshift.testing import FLOORS
 
-FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a relative error
 # Of the op's largest gradient, for one that is zero by symmetry.
 ABSOLUTE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -313,7 +313,7 @@ def _assert_as_accurate(found, plain, exact, dtype=torch.float32):
         assert found[name].shape == exact[name].shape, name
         error = _error(found[name], exact[name])
         bound = max(_error(values[name], exact[name]) for values in plain)
-        floor = FLOOR[dtype] * float(exact[name].norm())
+        floor = FLOORS[dtype] * float(exact[name].norm())
         if name[:2] == "d ":
             floor = max(floor, ABSOLUTE[dtype] * scale)
         assert error <= max(2 * bound, floor), f"{name}: error {error:.3g}, PyTorch's {bound:.3g}"

@@ -15,6 +15,7 @@ from fastshift.search import search
 from fastshift.steps import train_step
 from fastshift.supernet import Supernet
 from fastshift.testing import (
+    FLOORS,
     assert_as_accurate,
     global_error,
     random_archs,
@@ -29,7 +30,7 @@ SPACES = {
     "shufflenet_v2": spaces.shufflenet_v2(image_size=16, num_classes=4, width=0.25),
 }
 BACKENDS = ("reference", "cpu")
-FLOOR = 1e-5  # of a relative error in float32
+FLOOR = FLOORS[torch.float32]
 
 
 @pytest.fixture(params=SPACES)

@@ -31,9 +31,9 @@ from fastshift.population_layer import (
     describe_op,
     parse_layer,
 )
-from fastshift.testing import FLOAT64_TOLERANCE, global_error
+from fastshift.testing import FLOAT64_TOLERANCE, FLOORS, global_error
 
-FLOOR = 1e-5  # of a relative error in float32
+FLOOR = FLOORS[torch.float32]
 ABSOLUTE = 1e-6  # of the layer's largest gradient, for one that is zero by symmetry
 
 
