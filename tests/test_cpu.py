@@ -401,7 +401,9 @@ def test_training_in_bfloat16_is_as_accurate_as_pytorchs_on_average(make, own_pr
 DRAWS = {"easy": 9, "odd": 9, "many_channels": 9, "one_image": 40, "under_the_kernel": 40}
 
 
-@pytest.mark.parametrize("shape", DRAWS)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=() if s == "easy" else pytest.mark.slow) for s in DRAWS]
+)
 @pytest.mark.parametrize("make", MAKERS)
 def test_each_gradient_in_bfloat16_is_as_accurate_as_pytorchs_over_draws(make, shape, own_products):
     ratios, draws = {}, DRAWS[shape]
