@@ -65,7 +65,7 @@ sanitize-kernels: $(VENV)/.made-test
 bench: $(VENV)/.made-test
 	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)
 
-# The speed record and what the READMEs say of it: about half an hour on two quiet cores.
+# The speed record and what the READMEs say of it: about an hour on two quiet cores.
 speed: $(VENV)/.made-test
 	$(BIN)/python benchmarks/speed.py record --threads 1 $(ARGS)
 	$(BIN)/python benchmarks/speed.py record --threads 2 --subset
