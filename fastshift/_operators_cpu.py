@@ -99,6 +99,7 @@ class _Call:
         self.row = n * height * width * channels
         self.out = n * shape[0] * shape[1] * shape[2]
         self.plain: dict[int, list[Tensor | None]] = {}
+        self._packed: dict[int, _cpu.PackedWeights] = {}
         self._given = parameters
 
     def parameters(self, choice: int) -> list[int]:
@@ -110,6 +111,13 @@ class _Call:
                 # A dense kernel in channels-last memory is copied into its plain order.
                 found.append(None if index is None else self._given[index].contiguous())
         return _addresses(found)
+
+    def packed(self, choice: int) -> _cpu.PackedWeights:
+        """The weights of a choice as the kernels read them, for all its nodes."""
+        found = self._packed.get(choice)
+        if found is None:
+            found = self._packed[choice] = _cpu.PackedWeights(self.cores[choice])
+        return found
 
     def places(self, choice: int) -> list[int | None]:
         """Where in the list of all tensors weight, scale and shift of each unit are."""
@@ -177,6 +185,7 @@ def infer(
             False,
             call.threads,
             call.bf16,
+            call.packed(index),
         )
     return out
 
@@ -217,6 +226,7 @@ def train(
             call.out_at(out, node),
             call.threads,
             call.bf16,
+            call.packed(index),
         )
         kept += sizes[index] if keep else 0
     return out, statistics, saved
@@ -261,6 +271,7 @@ def backward(
             sums.addresses(index),
             call.threads,
             call.bf16,
+            call.packed(index),
         )
         if needs[0]:
             rows_to.written(source)

@@ -924,6 +924,59 @@ def test_memory_is_kept_up_to_the_most_in_use_and_handed_back_when_asked():
     assert _cpu.memory_use()["kept"] == 0
 
 
+class _Calls:
+    """A block's core called by itself, on random rows."""
+
+    def __init__(self, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        module = OpModule(inverted_residual(16, 16, 1, 3, 3))
+        self.block = cpu.CpuBlock(module)
+        self.core, self.images = self.block.core, (3, 7, 5)
+        self.bf16 = dtype is torch.bfloat16
+        self.x, self.dy = torch.randn(2, 3, 7, 5, 16, generator=generator).to(dtype)
+        self.parameters = [p.detach() for p in self.block.parameters()]
+
+    def given(self, isa=None):
+        isa = isa or cpu.instruction_set()
+        parameters = [p.data_ptr() for p in self.parameters]
+        return isa, self.images, self.x.data_ptr(), parameters, self.block.eps
+
+    def train(self, gradients, isa=None, packed=None, **options):
+        saved = torch.zeros(self.core.saved_floats(self.images, self.bf16))
+        statistics = torch.zeros(self.core.statistics_floats())
+        y, dx = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        kept = saved.data_ptr(), statistics.data_ptr()
+        self.core.forward(*self.given(isa), *kept, y.data_ptr(), 1, self.bf16, packed)
+        ends = self.dy.data_ptr(), dx.data_ptr(), [g.data_ptr() for g in gradients]
+        self.core.backward(*self.given(isa), *kept, *ends, 1, self.bf16, packed, **options)
+        return [y, statistics, dx, *gradients]
+
+    def gradients(self):
+        return [torch.full_like(p, torch.nan) for p in self.parameters]
+
+
+def test_packed_weights_are_packed_anew_for_other_kernels_other_rows_and_other_weights():
+    calls = {dtype: _Calls(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    first = calls[torch.float32]
+    for other in calls.values():
+        other.block, other.core, other.parameters = first.block, first.core, first.parameters
+    packed = _cpu.PackedWeights(first.core)
+    able = [name for name, reason in cpu.instruction_sets().items() if reason is None]
+    moved = [p + 1 for p in first.parameters]
+    for parameters in (first.parameters, moved):
+        for isa in able:
+            for call in calls.values():
+                call.parameters = parameters
+                found = call.train(call.gradients(), isa, packed)
+                assert all(map(torch.equal, found, call.train(call.gradients(), isa)))
+
+
+def test_packed_weights_of_another_block_are_refused():
+    call, other = _Calls(), _Calls()
+    with pytest.raises(ValueError, match="packed: of another block"):
+        call.train(call.gradients(), packed=_cpu.PackedWeights(other.core))
+
+
 def test_rows_without_pixels_are_refused():
     for shape in ((2, 6, 0, 4), (2, 6, 4, 0)):
         module, x = _op(_chain, 6), torch.zeros(shape)

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "packed.hpp"
 #include "parts.hpp"
 
 namespace fastshift::cpu {
@@ -57,7 +58,8 @@ class Block::Pass {
  public:
   Pass(const Block& block, const Kernels& kernels, const Images& images, const void* x,
        const std::vector<Weights>& weights, const void* saved, const float* statistics,
-       const void* dy, void* dx, const std::vector<Gradients>& gradients, int threads)
+       const void* dy, void* dx, const std::vector<Gradients>& gradients, int threads,
+       PackedWeights& packed)
       : block_(block),
         units_(block.units_),
         kernels_(kernels),
@@ -71,6 +73,7 @@ class Block::Pass {
         dx_(dx),
         gradients_(gradients),
         threads_(threads),
+        packed_(packed),
         place_(block.places(images)) {}
 
   void run(const Chain& chain, Source add) {
@@ -99,6 +102,10 @@ class Block::Pass {
   const float* statistics(int index) const { return statistics_ + place_[index].statistics; }
   Source raw(int index) const {
     return {after(saved_, place_[index].saved, element_), units_[index].out_channels, 1};
+  }
+  // Weights for the gradient of what a unit reads.
+  const float* packed(int index) {
+    return packed_.get(kernels_, units_[index], index, weights_[index].weight, false, element_);
   }
   int64_t positions(int index) const {
     return geometry_[index].out_height * geometry_[index].out_width;
@@ -190,13 +197,11 @@ class Block::Pass {
     const Unit& unit = units_[index];
     const int64_t in = unit.in_channels, size = weight_size(unit);
     const int groups = group_count(unit, images_, geometry_[index]);
-    const float* packed =
-        packed_weight(kernels_, unit, weights_[index].weight, false, element_);
     float* partial = scratch_memory<float>(kPartial, groups * size);
     double* sums = zeros<double>(kSums, groups * 2 * in);
     const int64_t scratch = kernels_.scratch(geometry_[index], unit.depthwise);
     Backward common = task_of(chain, index);
-    common.weight = packed;
+    common.weight = packed(index);
     common.dx = target_of(chain, index);
     parallel(groups, threads_, [&](int group) {
       Backward task = common;
@@ -224,11 +229,6 @@ class Block::Pass {
     const int groups = std::min(group_count(unit, images_, geometry_[index]),
                                 group_count(before, images_, shape));
     const bool wanted = index - 1 > chain.first || dx_;
-    float* packed = scratch_memory<float>(kPacked, packed_floats(kernels_, unit, element_) + 16 +
-                                                       packed_floats(kernels_, before, element_));
-    float* packed_before = packed + round_to_line(packed_floats(kernels_, unit, element_));
-    pack_weight(kernels_, unit, weights_[index].weight, false, element_, packed);
-    pack_weight(kernels_, before, weights_[index - 1].weight, false, element_, packed_before);
     float* partial = scratch_memory<float>(kPartial, groups * (size + size_before + in * in));
     float* partial_before = partial + groups * size;
     float* squares = partial_before + groups * size_before;
@@ -242,12 +242,12 @@ class Block::Pass {
     std::vector<float> centre(in);
     kernels_.centre[element_](shape, along.x, along.prologue, centre.data());
     along.centre = centre.data();
-    along.weight = packed_before;
+    along.weight = packed(index - 1);
     along.gain = statistics(index - 1) + 2 * hidden;
     along.dx = wanted ? static_cast<float*>(partial_dx.data()) : nullptr;
     const int64_t scratch = kernels_.expanding_scratch(geometry_[index], shape);
     Backward common = task_of(chain, index);
-    common.weight = packed;
+    common.weight = packed(index);
     parallel(groups, threads_, [&](int group) {
       Expanding own = along;
       own.dweight = partial_before + group * size_before;
@@ -356,6 +356,7 @@ class Block::Pass {
   void* const dx_;
   const std::vector<Gradients>& gradients_;
   const int threads_;
+  PackedWeights& packed_;
   const std::vector<Place> place_;
   std::vector<Geometry> geometry_;
   Work work_[2];
@@ -368,9 +369,12 @@ class Block::Pass {
 void Block::backward(const Kernels& kernels, const Images& images, const void* x,
                      const std::vector<Weights>& weights, const void* saved,
                      const float* statistics, const void* dy, void* dx,
-                     const std::vector<Gradients>& gradients, int threads) const {
+                     const std::vector<Gradients>& gradients, int threads,
+                     PackedWeights* packed) const {
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
-  Pass pass(*this, kernels, images, x, weights, saved, statistics, dy, dx, gradients, threads);
+  PackedWeights own_packed(*this);
+  Pass pass(*this, kernels, images, x, weights, saved, statistics, dy, dx, gradients, threads,
+            packed ? *packed : own_packed);
   Source add{nullptr, 0, 1};
   if (num_units() > main_units_) {
     pass.run(shortcut_chain(), add);
