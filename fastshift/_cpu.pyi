@@ -51,6 +51,7 @@ class Block:
         threads: int,
         bf16: bool = False,
         packed: PackedWeights | None = None,
+        add: bool = False,
     ) -> None: ...
     def infer(
         self,

@@ -131,7 +131,7 @@ PYBIND11_MODULE(_cpu, m) {
               const std::vector<Address>& parameters, const std::vector<double>& eps,
               Address saved, Address statistics, Address dy, Address dx,
               const std::vector<Address>& gradients, int threads, bool bf16,
-              PackedWeights* given) {
+              PackedWeights* given, bool add) {
              const Kernels& kernels = kernels_of(isa);
              PackedWeights* packed = packed_of(block, given);
              const auto weights = weights_of(block, parameters, eps);
@@ -143,12 +143,12 @@ PYBIND11_MODULE(_cpu, m) {
              }
              const py::gil_scoped_release release;
              block.backward(kernels, images_of(images, bf16), at(x), weights, at(saved), at(statistics),
-                            at(dy), at(dx), to, threads, packed);
+                            at(dy), at(dx), to, add, threads, packed);
            },
            py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
            py::arg("saved"), py::arg("statistics"), py::arg("dy"), py::arg("dx"),
            py::arg("gradients"), py::arg("threads"), py::arg("bf16") = false,
-           py::arg("packed") = nullptr)
+           py::arg("packed") = nullptr, py::arg("add") = false)
       .def("infer", [](const Block& block, const std::string& isa, const ImagesTuple& images,
                        Address x, const std::vector<Address>& parameters,
                        const std::vector<double>& eps, const std::vector<Address>& moments,

@@ -32,7 +32,7 @@ struct Weights {
 };
 
 struct Gradients {
-  float *weight, *gamma, *beta;  // overwritten; gamma and beta may be null
+  float *weight, *gamma, *beta;  // gamma and beta may be null
 };
 
 // Of one unit's batch norm: the statistics that inference normalises by.
@@ -62,11 +62,11 @@ class Block {
   void forward(const Kernels& kernels, const Images& images, const void* x,
                const std::vector<Weights>& weights, void* saved, float* statistics, void* y,
                int threads, PackedWeights* packed) const;
-  // dx may be null.
+  // dx may be null. `add`: to the gradients that are there, which are overwritten otherwise.
   void backward(const Kernels& kernels, const Images& images, const void* x,
                 const std::vector<Weights>& weights, const void* saved, const float* statistics,
                 const void* dy, void* dx, const std::vector<Gradients>& gradients,
-                int threads, PackedWeights* packed) const;
+                bool add, int threads, PackedWeights* packed) const;
   // `pooled`: y is [images][out] in float32, the means over the positions; the last unit is not depthwise.
   void infer(const Kernels& kernels, const Images& images, const void* x,
              const std::vector<Weights>& weights, const std::vector<Moments>& moments, void* y,

@@ -28,15 +28,26 @@ T* zeros(Role role, int64_t count) {
   return found;
 }
 
+// A gradient's value; `add`: one more term of it, rounded before it is added.
+inline void put(float* to, float value, bool add) { *to = add ? *to + value : value; }
+
 // The kernels keep the channels innermost, PyTorch the taps.
-void write_weight_gradient(const Unit& unit, const float* from, float* to) {
+void write_weight_gradient(const Kernels& kernels, const Unit& unit, const float* from, float* to,
+                           bool add) {
   const int64_t size = weight_size(unit), in = unit.in_channels;
   const int64_t taps = int64_t{unit.kernel} * unit.kernel, owners = size / (in * taps);
-  if (taps == 1) std::copy(from, from + size, to);
-  for (int64_t o = 0; taps > 1 && o < owners; ++o) {
+  if (taps == 1) {
+    if (add) {
+      kernels.add(from, size, to);
+    } else {
+      std::copy(from, from + size, to);
+    }
+    return;
+  }
+  for (int64_t o = 0; o < owners; ++o) {
     for (int64_t c = 0; c < in; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        to[(o * in + c) * taps + tap] = from[(o * taps + tap) * in + c];
+        put(to + (o * in + c) * taps + tap, from[(o * taps + tap) * in + c], add);
       }
     }
   }
@@ -58,7 +69,7 @@ class Block::Pass {
  public:
   Pass(const Block& block, const Kernels& kernels, const Images& images, const void* x,
        const std::vector<Weights>& weights, const void* saved, const float* statistics,
-       const void* dy, void* dx, const std::vector<Gradients>& gradients, int threads,
+       const void* dy, void* dx, const std::vector<Gradients>& gradients, bool add, int threads,
        PackedWeights& packed)
       : block_(block),
         units_(block.units_),
@@ -72,6 +83,7 @@ class Block::Pass {
         dy_(dy),
         dx_(dx),
         gradients_(gradients),
+        add_(add),
         threads_(threads),
         packed_(packed),
         place_(block.places(images)) {}
@@ -144,8 +156,9 @@ class Block::Pass {
       const double correlation = totals_[out + c] * inverse;
       slope_[c] = static_cast<float>(-scale * inverse * correlation / count);
       offset_[c] = static_cast<float>(-scale * totals_[c] / count);
-      if (gradients_[index].gamma) gradients_[index].gamma[c] = static_cast<float>(correlation);
-      if (gradients_[index].beta) gradients_[index].beta[c] = static_cast<float>(totals_[c]);
+      const Gradients& to = gradients_[index];
+      if (to.gamma) put(to.gamma + c, static_cast<float>(correlation), add_);
+      if (to.beta) put(to.beta + c, static_cast<float>(totals_[c]), add_);
     }
   }
 
@@ -214,7 +227,7 @@ class Block::Pass {
                                                                                           memory);
     });
     merge(kernels_, partial, groups, size);
-    write_weight_gradient(unit, partial, gradients_[index].weight);
+    write_weight_gradient(kernels_, unit, partial, gradients_[index].weight, add_);
     totals_ = merged(sums, groups, 2 * in);
     gradient_ = {common.dx.data, in, 1};
   }
@@ -264,7 +277,7 @@ class Block::Pass {
     merge(kernels_, partial, groups, size);
     merge(kernels_, partial_before, groups, size_before);
     merge(kernels_, squares, groups, in * in);
-    write_weight_gradient(unit, partial, gradients_[index].weight);
+    write_weight_gradient(kernels_, unit, partial, gradients_[index].weight, add_);
     totals_ = merged(sums, groups, 2 * hidden);
     const std::vector<double> centred = merged(centre_sums, groups, in);
     finish_norm(index - 1);
@@ -294,8 +307,10 @@ class Block::Pass {
     for (int64_t o = 0; o < out; ++o) {
       for (int64_t c = 0; c < in; ++c) {
         const int64_t at = o * in + c;
-        gradients_[index].weight[at] = static_cast<float>(
-            partial[at] + slope_[o] * static_cast<double>(along[at]) + offset_[o] * centred[c]);
+        put(gradients_[index].weight + at,
+            static_cast<float>(partial[at] + slope_[o] * static_cast<double>(along[at]) +
+                               offset_[o] * centred[c]),
+            add_);
       }
     }
   }
@@ -355,6 +370,7 @@ class Block::Pass {
   const void* const dy_;
   void* const dx_;
   const std::vector<Gradients>& gradients_;
+  const bool add_;
   const int threads_;
   PackedWeights& packed_;
   const std::vector<Place> place_;
@@ -369,18 +385,18 @@ class Block::Pass {
 void Block::backward(const Kernels& kernels, const Images& images, const void* x,
                      const std::vector<Weights>& weights, const void* saved,
                      const float* statistics, const void* dy, void* dx,
-                     const std::vector<Gradients>& gradients, int threads,
+                     const std::vector<Gradients>& gradients, bool add, int threads,
                      PackedWeights* packed) const {
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
   PackedWeights own_packed(*this);
-  Pass pass(*this, kernels, images, x, weights, saved, statistics, dy, dx, gradients, threads,
+  Pass pass(*this, kernels, images, x, weights, saved, statistics, dy, dx, gradients, add, threads,
             packed ? *packed : own_packed);
-  Source add{nullptr, 0, 1};
+  Source term{nullptr, 0, 1};
   if (num_units() > main_units_) {
-    pass.run(shortcut_chain(), add);
-    if (dx) add = {dx, in_channels_, 1};
+    pass.run(shortcut_chain(), term);
+    if (dx) term = {dx, in_channels_, 1};
   } else if (dx && frame_ == Frame::residual) {
-    add = {dy, out_channels_, 1};
+    term = {dy, out_channels_, 1};
   } else if (dx && frame_ == Frame::shuffle) {
     parallel_rows(images.count, images.height * images.width, threads,
                   [&](int64_t first, int64_t stop) {
@@ -389,7 +405,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const void* x
                          {nullptr, nullptr, false}, {nullptr, 0, 1}, {dx, in_channels_, 2}});
                   });
   }
-  pass.run(main_chain(), add);
+  pass.run(main_chain(), term);
 }
 
 }  // namespace fastshift::cpu
