@@ -9,8 +9,26 @@ namespace fastshift::cpu {
 namespace {
 
 // Sums of groups, `size` values each, into the first, in order.
-void merge(const Kernels& kernels, float* partial, int groups, int64_t size) {
-  for (int group = 1; group < groups; ++group) kernels.add(partial + group * size, size, partial);
+void merge(const Kernels& kernels, float* partial, int groups, int64_t size, int threads) {
+  constexpr int64_t kSlice = 8 * 1024;
+  parallel(static_cast<int>((size + kSlice - 1) / kSlice), threads, [&](int slice) {
+    float* to = partial + slice * kSlice;
+    const int64_t count = std::min(kSlice, size - slice * kSlice);
+    for (int group = 1; group < groups; ++group) kernels.add(to + group * size, count, to);
+  });
+}
+
+// `kernels.outer` in slices of whole tiles of its rows.
+void outer(const Kernels& kernels, int64_t rows, int64_t m, int64_t n, const float* left,
+           int64_t left_row, const float* right, int64_t right_row, float* to, int64_t to_row,
+           int threads) {
+  constexpr int64_t kTiles = 48;
+  const int64_t slice = ((m + threads - 1) / threads + kTiles - 1) / kTiles * kTiles;
+  parallel(static_cast<int>((m + slice - 1) / slice), threads, [&](int index) {
+    const int64_t first = index * slice;
+    kernels.outer(rows, std::min(slice, m - first), n, left + first, left_row, right, right_row,
+                  to + first * to_row, to_row);
+  });
 }
 
 std::vector<double> merged(const double* sums, int groups, int64_t size) {
@@ -226,7 +244,7 @@ class Block::Pass {
       (unit.depthwise ? kernels_.depthwise_backward : kernels_.product_backward)[element_](task,
                                                                                           memory);
     });
-    merge(kernels_, partial, groups, size);
+    merge(kernels_, partial, groups, size, threads_);
     write_weight_gradient(kernels_, unit, partial, gradients_[index].weight, add_);
     totals_ = merged(sums, groups, 2 * in);
     gradient_ = {common.dx.data, in, 1};
@@ -274,9 +292,9 @@ class Block::Pass {
       task.dweight = partial + group * size;
       kernels_.depthwise_backward[element_](task, scratch_memory<float>(kScratch, scratch));
     });
-    merge(kernels_, partial, groups, size);
-    merge(kernels_, partial_before, groups, size_before);
-    merge(kernels_, squares, groups, in * in);
+    merge(kernels_, partial, groups, size, threads_);
+    merge(kernels_, partial_before, groups, size_before, threads_);
+    merge(kernels_, squares, groups, in * in, threads_);
     write_weight_gradient(kernels_, unit, partial, gradients_[index].weight, add_);
     totals_ = merged(sums, groups, 2 * hidden);
     const std::vector<double> centred = merged(centre_sums, groups, in);
@@ -303,7 +321,7 @@ class Block::Pass {
     for (int64_t o = 0; o < out; ++o) {
       for (int64_t c = 0; c < in; ++c) columns[c * out + o] = weight[o * in + c];
     }
-    kernels_.outer(in, out, in, columns.data(), out, squares, in, along.data(), in);
+    outer(kernels_, in, out, in, columns.data(), out, squares, in, along.data(), in, threads_);
     for (int64_t o = 0; o < out; ++o) {
       for (int64_t c = 0; c < in; ++c) {
         const int64_t at = o * in + c;
@@ -330,7 +348,7 @@ class Block::Pass {
         moved[c] += static_cast<double>(offset_[o]) * weight[o * in + c];
       }
     }
-    kernels_.outer(out, in, in, sloped.data(), in, weight, in, matrix.data(), in);
+    outer(kernels_, out, in, in, sloped.data(), in, weight, in, matrix.data(), in, threads_);
     for (int64_t c = 0; c < in; ++c) {
       for (int64_t k = 0; k < in; ++k) moved[c] -= matrix[c * in + k] * centred[k] * share;
       constant[c] = static_cast<float>(moved[c]);
