@@ -13,7 +13,7 @@ namespace {
 
 // Hidden rows that inference holds at a time, within the second-level cache unless one image has
 // more; and positions that a product still runs well with.
-constexpr int64_t kTileFloats = 96 * 1024, kTilePositions = 96;
+constexpr int64_t kTileBytes = 384 * 1024, kTilePositions = 96;
 
 // Group moments, merged in order (Chan, Golub and LeVeque 1979), to a unit's statistics.
 void finish_statistics(const double* sums, int groups, const std::vector<int64_t>& counts,
@@ -226,7 +226,7 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
   // Tiles enough for some threads, where images are small.
   const int64_t few = std::max((images.count + 15) / 16, kTilePositions / out_positions + 1);
   const int64_t tile =
-      std::clamp<int64_t>(std::min(kTileFloats / (2 * hidden), few), 1, images.count);
+      std::clamp<int64_t>(std::min(kTileBytes / (2 * hidden * size_of(element)), few), 1, images.count);
   const int tiles = static_cast<int>((images.count + tile - 1) / tile);
   const int64_t positions = images.height * images.width;
   const bool aside = num_units() > main_units_ && frame_ == Frame::residual;
@@ -235,8 +235,9 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     const void* from = after(x, first * positions * in_channels_, element);
     void* to = after(y, first * (pooled ? 1 : out_positions) * out_channels_,
                      pooled ? kFloat32 : element);
-    float* work = scratch_memory<float>(kHidden, 2 * round_to_line(count * hidden));
-    float* const buffers[2] = {work, work + round_to_line(count * hidden)};
+    const int64_t half = (count * hidden * size_of(element) + 63) / 64 * 64;
+    char* work = scratch_memory<char>(kHidden, 2 * half);
+    char* const buffers[2] = {work, work + half};
     float* memory = scratch_memory<float>(kScratch, scratch);
     const auto run = [&](const Chain& chain, Source residual, void* target) {
       Source source{after(from, chain.x_offset, element), in_channels_, chain.x_step};
@@ -260,8 +261,11 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     Source residual{nullptr, 0, 1};
     if (num_units() > main_units_) {
       // A product overwrites its rows before the residual is added, so that has rows of its own.
-      void* shortcut = aside ? scratch_memory<float>(kShortcut, count * out_positions * out_channels_)
-                              : to;
+      void* shortcut = to;
+      if (aside) {
+        shortcut = scratch_memory<char>(
+            kShortcut, count * out_positions * out_channels_ * size_of(element));
+      }
       run(shortcut_chain(), residual, shortcut);
       if (aside) residual = {shortcut, out_channels_, 1};
     } else if (frame_ == Frame::residual) {
