@@ -20,15 +20,15 @@ class PackedWeights {
                    bool forward, Element element) {
     Entry& entry = entries_[2 * index + (forward ? 1 : 0)];
     if (entry.weight == weight && entry.kernels == &kernels && entry.element == element) {
-      return entry.data();
+      return entry.data;
     }
     entry.weight = nullptr;  // until it is packed
-    entry.memory.reset(packed_floats(kernels, unit, element) * 4);
-    pack_weight(kernels, unit, weight, forward, element, entry.data());
+    entry.data = entry.memory.get<float>(packed_floats(kernels, unit, element));
+    pack_weight(kernels, unit, weight, forward, element, entry.data);
     entry.kernels = &kernels;
     entry.element = element;
     entry.weight = weight;
-    return entry.data();
+    return entry.data;
   }
 
  private:
@@ -36,8 +36,8 @@ class PackedWeights {
     const Kernels* kernels = nullptr;
     const float* weight = nullptr;  // what was packed
     Element element = kFloat32;
-    Work memory;
-    float* data() const { return static_cast<float*>(memory.data()); }
+    Buffer memory;
+    float* data = nullptr;
   };
   const Block* block_;
   std::vector<Entry> entries_;

@@ -16,6 +16,9 @@ namespace fastshift::cpu {
 // Grows, and is aligned for any vector.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
   template <class T>
   T* get(int64_t count) {
