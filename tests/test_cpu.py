@@ -932,6 +932,74 @@ def test_memory_is_kept_up_to_the_most_in_use_and_handed_back_when_asked():
     assert _cpu.memory_use()["kept"] == 0
 
 
+class _Calls:
+    """A block's core called by itself, on random rows."""
+
+    def __init__(self, op, dtype=torch.float32):
+        self.block = cpu.CpuBlock(OpModule(op))
+        self.core, self.images = self.block.core, (3, 7, 5)
+        self.bf16 = dtype is torch.bfloat16
+        shape = 3, *self.block.sizes(7, 5)[self.block.main - 1], op.out_channels
+        self.x = torch.randn(3, 7, 5, op.in_channels, generator=_generator()).to(dtype)
+        self.dy = torch.randn(shape, generator=_generator()).to(dtype)
+        self.parameters = [p.detach() for p in self.block.parameters()]
+
+    def given(self, isa=None):
+        isa = isa or cpu.instruction_set()
+        parameters = [p.data_ptr() for p in self.parameters]
+        return isa, self.images, self.x.data_ptr(), parameters, self.block.eps
+
+    def train(self, gradients, isa=None, packed=None, **options):
+        saved = torch.zeros(self.core.saved_floats(self.images, self.bf16))
+        statistics = torch.zeros(self.core.statistics_floats())
+        y, dx = torch.zeros_like(self.dy), torch.zeros_like(self.x)
+        kept = saved.data_ptr(), statistics.data_ptr()
+        self.core.forward(*self.given(isa), *kept, y.data_ptr(), 1, self.bf16, packed)
+        ends = self.dy.data_ptr(), dx.data_ptr(), [g.data_ptr() for g in gradients]
+        self.core.backward(*self.given(isa), *kept, *ends, 1, self.bf16, packed, **options)
+        return [y, statistics, dx, *gradients]
+
+    def gradients(self):
+        return [torch.full_like(p, torch.nan) for p in self.parameters]
+
+
+def test_packed_weights_are_packed_anew_for_other_kernels_other_rows_and_other_weights():
+    op = inverted_residual(16, 16, 1, 3, 3)
+    calls = {dtype: _Calls(op, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    first = calls[torch.float32]
+    for other in calls.values():
+        other.block, other.core, other.parameters = first.block, first.core, first.parameters
+    packed = _cpu.PackedWeights(first.core)
+    able = [name for name, reason in cpu.instruction_sets().items() if reason is None]
+    moved = [p + 1 for p in first.parameters]
+    for parameters in (first.parameters, moved):
+        for isa in able:
+            for call in calls.values():
+                call.parameters = parameters
+                found = call.train(call.gradients(), isa, packed)
+                assert all(map(torch.equal, found, call.train(call.gradients(), isa)))
+
+
+def test_packed_weights_of_another_block_are_refused():
+    call, other = (_Calls(projection(4, 4, 1)) for _ in range(2))
+    with pytest.raises(ValueError, match="packed: of another block"):
+        call.train(call.gradients(), packed=_cpu.PackedWeights(other.core))
+
+
+@pytest.mark.parametrize("isa", [name for name, why in cpu.instruction_sets().items() if not why])
+@pytest.mark.parametrize("name", ["inverted_residual-e3-k3-s1", "conv_k3-s1", "chain"])
+def test_gradients_that_are_there_are_added_to_when_asked(name, isa):
+    """To the bit the sum of what is there and the gradient, rounded before."""
+    call = _Calls(OPS[name](16))
+    before = [torch.randn(p.shape, generator=_generator()) for p in call.parameters]
+    once = call.train(call.gradients(), isa)
+    twice = call.train([g.clone() for g in before], isa, add=True)
+    others = len(once) - len(before)
+    assert all(map(torch.equal, once[:others], twice[:others]))
+    for g, there, total in zip(once[others:], before, twice[others:], strict=True):
+        assert torch.equal(total, there + g)
+
+
 def test_rows_without_pixels_are_refused():
     for shape in ((2, 6, 0, 4), (2, 6, 4, 0)):
         module, x = _op(_chain, 6), torch.zeros(shape)

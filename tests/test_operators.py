@@ -429,6 +429,26 @@ def test_outputs_are_memory_that_was_full_of_nan(name, population, monkeypatch):
     assert poison.given >= 4
 
 
+@BY_NAME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weights_packed_once_for_all_nodes_change_no_bit(name, dtype, monkeypatch):
+    """A choice's nodes share them, forward, backward and in inference."""
+    layer, rows, *nodes = _case(name, SHAPES["odd"], (2, [0, 1, 1, 0, 1], [1, 2, 1, 2, 3]))
+    moments, given = _random_moments(layer, len(nodes[0])), layer.given(needs=False)
+
+    def results():
+        found = _trained(layer, rows, *nodes, rows_type=dtype)
+        found["scored"] = layer_infer(rows.to(dtype), *nodes, given, moments, layer.text)
+        return found
+
+    shared, made = results(), []
+    monkeypatch.setattr(_operators_cpu._Call, "packed", lambda _, choice: made.append(choice))
+    alone = results()
+    assert len(made) == 3 * len(nodes[0])
+    assert shared.keys() == alone.keys()
+    assert all(torch.equal(shared[key], alone[key]) for key in alone)
+
+
 def test_the_number_of_threads_changes_no_bit():
     layer, *case = _case("s1", (19, 6, 5, 4), POPULATIONS["cousins"])
     before, results = torch.get_num_threads(), []

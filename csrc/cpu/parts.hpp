@@ -16,22 +16,33 @@ namespace fastshift::cpu {
 // Grows, and is aligned for any vector.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
   template <class T>
   T* get(int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    if (bytes > size_) {
+    std::size_t bytes = std::max<std::size_t>(static_cast<std::size_t>(count) * sizeof(T), 1);
+    if (kGrows) bytes = (bytes + 127) / 64 * 64;
+    if (kGrows ? bytes > size_ : bytes != size_) {
       std::free(data_);
       data_ = nullptr;
       size_ = 0;
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
+      if (posix_memalign(&data_, 64, bytes) != 0) {
+        data_ = nullptr;
+        throw std::bad_alloc();
+      }
       size_ = bytes;
     }
     return static_cast<T*>(data_);
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kGrows = false;  // of the size asked for, so that use beyond it shows
+#else
+  static constexpr bool kGrows = true;
+#endif
   void* data_ = nullptr;
   std::size_t size_ = 0;
 };
