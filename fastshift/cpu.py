@@ -7,7 +7,6 @@ needs.
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -21,7 +20,7 @@ from fastshift._native import cpu as _cpu
 from fastshift.backends import backend
 from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
-from fastshift.tracing import has_global_hooks, is_changed
+from fastshift.made_of import MadeOf, norm_of, weight_of
 
 __all__ = [
     "CpuBlock",
@@ -75,26 +74,13 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         or backend() != "cpu"
     ):
         return None
-    modules = _modules_of(op)
-    # What hangs on a module, or stands in for its forward, expects it to be called.
-    if has_global_hooks() or any(map(is_changed, modules)) or not _are_chains(modules):
-        return None
-    units = [module for module in modules if isinstance(module, ConvUnit)]
-    # A unit that was replaced, or changed into what the kernels lack, shows here.
-    if not _are_built_in(units):
-        return None
     found = _BLOCKS.get(op)
-    if found is None or not found.holds(op, units):
-        found = _BLOCKS[op] = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
-    return found
-
-
-def _modules_of(op: nn.Module) -> list[nn.Module]:
-    """A module and all below it; `modules()` takes several times as long, at each call."""
-    found = [op]
-    for module in found:
-        found += [child for child in module._modules.values() if child is not None]
-    return found
+    if found is None or not found.made_of.is_still(op):
+        made_of = MadeOf(op)
+        if not made_of.is_built_in():
+            return None
+        found = _BLOCKS[op] = (CpuHead if isinstance(op, HeadModule) else CpuBlock)(op, made_of)
+    return found if found.made_of.runs_as_written(op) else None
 
 
 def row_dtype(x: Tensor) -> torch.dtype | None:
@@ -107,75 +93,6 @@ def row_dtype(x: Tensor) -> torch.dtype | None:
     wanted = torch.get_autocast_dtype("cpu")
     known = x.dtype in (torch.float32, torch.bfloat16)
     return wanted if wanted is torch.bfloat16 and known else None
-
-
-def _are_chains(modules: Sequence[nn.Module]) -> bool:
-    """Whether the parts are the descriptions' own: chains of units, and nothing else's forward."""
-    for module in modules:
-        if isinstance(module, UnitChain):
-            if type(module) not in (UnitChain, OpModule):
-                return False
-            own = module._modules
-            if not all(isinstance(own.get(str(i)), ConvUnit) for i in range(module.num_units)):
-                return False
-        elif isinstance(module, ConvUnit) and type(module).forward is not ConvUnit.forward:
-            return False
-    return True
-
-
-def _are_built_in(units: Sequence[ConvUnit]) -> bool:
-    for unit in units:
-        norm = _norm(unit)
-        kernel, stride = unit.kernel_size[0], unit.stride[0]
-        if not (
-            type(norm) is nn.BatchNorm2d
-            and norm.track_running_stats
-            and all(p is None or _is_plain_memory(p) for p in (_weight(unit), *_affine(norm)))
-            and unit.bias is None
-            and unit.dilation == (1, 1)
-            and unit.padding == (kernel // 2,) * 2
-            and unit.padding_mode == "zeros"
-            and unit.kernel_size == (kernel, kernel)
-            and unit.stride == (stride, stride)
-            and (
-                unit.groups == 1
-                or (
-                    unit.groups == unit.in_channels == unit.out_channels
-                    and kernel in (3, 5, 7)
-                    and stride in (1, 2)
-                )
-            )
-        ):
-            return False
-    return bool(units)
-
-
-def _is_plain_memory(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.device.type == "cpu"
-
-
-def _plan(op: UnitChain, units: Sequence[ConvUnit]) -> tuple:
-    """What the compiled form of an op was made from."""
-    return op.__dict__.get("frame"), *(
-        (u.in_channels, u.out_channels, u.kernel_size, u.stride, u.groups, u.activation)
-        for u in units
-    )
-
-
-# Past nn.Module.__getattr__, which costs more than all else at the kernels' smallest sizes.
-
-
-def _norm(unit: ConvUnit) -> nn.Module | None:
-    return unit._modules.get("norm")
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    return norm._parameters.get("weight"), norm._parameters.get("bias")
-
-
-def _weight(unit: ConvUnit) -> Tensor:
-    found = unit._parameters.get("weight")
-    return unit.weight if found is None else found  # a parametrised one is computed
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -207,7 +124,8 @@ def _empty(
 class CpuBlock:
     """The compiled form of one candidate op."""
 
-    def __init__(self, op: UnitChain) -> None:
+    def __init__(self, op: UnitChain, made_of: MadeOf | None = None) -> None:
+        self.made_of = made_of or MadeOf(op)
         frame = op.frame if isinstance(op, OpModule) else "plain"
         shortcut = op.shortcut if isinstance(op, OpModule) else None
         units: list[ConvUnit] = [op._modules[str(i)] for i in range(op.num_units)]
@@ -215,7 +133,6 @@ class CpuBlock:
         if shortcut is not None:
             units += [shortcut._modules[str(i)] for i in range(shortcut.num_units)]
         self.units = units
-        self._made_of = _plan(op, units)
         self.main = main
         self.frame = frame
         splits = frame == "shuffle" and shortcut is None
@@ -242,25 +159,17 @@ class CpuBlock:
             self.out_channels,
         )
 
-    def holds(self, op: UnitChain, units: Sequence[ConvUnit]) -> bool:
-        """Whether this was made of just these units, as they are now."""
-        return (
-            len(units) == len(self.units)
-            and all(map(operator.is_, units, self.units))
-            and _plan(op, units) == self._made_of
-        )
-
     @property
     def eps(self) -> list[float]:
         """Of each unit's batch norm."""
-        return [_norm(unit).eps for unit in self.units]
+        return [norm_of(unit).eps for unit in self.units]
 
     def parameters(self) -> list[Tensor | None]:
         """Weight, scale and shift of each unit."""
         found = []
         for unit in self.units:
-            own = _norm(unit)._parameters
-            found += (_weight(unit), own["weight"], own["bias"])
+            own = norm_of(unit)._parameters
+            found += (weight_of(unit), own["weight"], own["bias"])
         return found
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -349,13 +258,10 @@ class CpuBlock:
 class CpuHead:
     """The compiled form of a classifier: its units fused, its linear layer PyTorch's."""
 
-    def __init__(self, head: HeadModule) -> None:
+    def __init__(self, head: HeadModule, made_of: MadeOf) -> None:
+        self.made_of = made_of
         self._head = ref(head)  # its classifier may be replaced
-        self.block = CpuBlock(head.features)
-
-    def holds(self, head: HeadModule, units: Sequence[ConvUnit]) -> bool:
-        """Whether this was made of just these units, as they are now."""
-        return self.block.holds(head.features, units)
+        self.block = CpuBlock(head.features, made_of)
 
     def _logits(self, features: Tensor) -> Tensor:
         head = self._head()

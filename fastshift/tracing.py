@@ -16,9 +16,10 @@ __all__ = ["conv_norm_pairs", "has_global_hooks", "is_changed", "runs_as_written
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-_OWN_HOOKS = tuple(f"_{name}" for name in _HOOKS)
-_GLOBAL_HOOKS = tuple(f"_global_{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = tuple(
+    f"_global_{name}"
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
 
 
 class _Root(nn.Module):
@@ -90,10 +91,14 @@ def has_global_hooks() -> bool:
 def is_changed(module: nn.Module) -> bool:
     """Whether calling this module, its parts aside, runs other than its class's `forward`."""
     own = module.__dict__
+    get = own.get
     return bool(
-        "forward" in own
-        or any(map(own.get, _OWN_HOOKS))
-        or own.get("_compiled_call_impl") is not None
+        get("_forward_hooks")
+        or get("_forward_pre_hooks")
+        or get("_backward_hooks")
+        or get("_backward_pre_hooks")
+        or "forward" in own
+        or get("_compiled_call_impl") is not None
         or "_orig_mod" in module._modules  # what torch.compile gives
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -231,3 +233,12 @@ def test_moments_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="moments: "):
             block.infer(x, wrong)
+
+
+def test_a_module_that_is_let_go_goes():
+    gc.collect()
+    for module in (_module(), randomise(HeadModule(Head(6, (Unit("pointwise", 6, 8),), 3)))):
+        _by_kernels(module, _rows())
+    gone = weakref.ref(module)
+    del module
+    assert gone() is None

@@ -27,6 +27,7 @@ ORDER = (
     "layers",
     "tracing",
     "backends",
+    "made_of",
     "cpu",
     "folding",
     "channel_moments",

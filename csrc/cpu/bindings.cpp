@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -42,10 +43,11 @@ Block make_block(const std::vector<UnitTuple>& units, int main_units, const std:
   for (const auto& [depthwise, in, out, kernel, stride, relu] : units) {
     made.push_back({depthwise, in, out, kernel, stride, relu});
   }
-  const Frame kind = frame == "residual"  ? Frame::residual
-                     : frame == "shuffle" ? Frame::shuffle
-                                          : Frame::plain;
-  return Block(std::move(made), main_units, kind, in_channels, out_channels);
+  const std::map<std::string, Frame> frames{
+      {"plain", Frame::plain}, {"residual", Frame::residual}, {"shuffle", Frame::shuffle}};
+  const auto kind = frames.find(frame);
+  if (kind == frames.end()) throw std::invalid_argument("frame: '" + frame + "' is not built in");
+  return Block(std::move(made), main_units, kind->second, in_channels, out_channels);
 }
 
 void expect(std::size_t got, std::size_t wanted, const char* what) {

@@ -1,6 +1,8 @@
 // A block's weights in the order that the kernels read, packed once for all passes of a call.
 #pragma once
 
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "block.hpp"
@@ -13,6 +15,14 @@ class PackedWeights {
  public:
   explicit PackedWeights(const Block& block) : block_(&block), entries_(2 * block.num_units()) {}
 
+  ~PackedWeights() {
+    for (Entry& entry : entries_) {
+      if (entry.memory) Spare::of_thread().give(std::move(entry.memory));
+    }
+  }
+  PackedWeights(const PackedWeights&) = delete;
+  PackedWeights& operator=(const PackedWeights&) = delete;
+
   bool is_of(const Block& block) const { return block_ == &block; }
 
   // Of a unit of the block, for its output or for the gradient of its input.
@@ -23,7 +33,9 @@ class PackedWeights {
       return entry.data;
     }
     entry.weight = nullptr;  // until it is packed
-    entry.data = entry.memory.get<float>(packed_floats(kernels, unit, element));
+    const int64_t floats = packed_floats(kernels, unit, element);
+    if (!entry.memory) entry.memory = Spare::of_thread().take(floats * sizeof(float));
+    entry.data = entry.memory->get<float>(floats);
     pack_weight(kernels, unit, weight, forward, element, entry.data);
     entry.kernels = &kernels;
     entry.element = element;
@@ -36,7 +48,7 @@ class PackedWeights {
     const Kernels* kernels = nullptr;
     const float* weight = nullptr;  // what was packed
     Element element = kFloat32;
-    Buffer memory;
+    std::unique_ptr<Buffer> memory;
     float* data = nullptr;
   };
   const Block* block_;
