@@ -203,6 +203,9 @@ def _nodes(
     described: PopulationLayer, rows: Tensor, parent: Tensor, choice: Tensor
 ) -> tuple[list[int], list[int]]:
     """The nodes' parents and choices, where none is outside of what is there."""
+    for name, values in (("parent", parent), ("choice", choice)):
+        if values.is_floating_point() or values.dtype is torch.bool:
+            raise ValueError(f"{name}: {values.dtype}; expected integers")
     sources, choices = parent.tolist(), choice.tolist()
     limit = len(described.ops)
     if choices and max(choices) >= limit:

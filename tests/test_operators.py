@@ -527,6 +527,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     for wrong in (5, 6):
         with pytest.raises(ValueError, match="choice: "):
             train(rows, parent, choice.clone().fill_(wrong), given, text)
+    for nodes in ((parent.float(), choice), (parent, choice.bool())):
+        with pytest.raises(ValueError, match="expected integers"):
+            train(rows, *nodes, given, text)
     with pytest.raises(ValueError, match="moments: "):
         layer_infer(rows, parent, choice, given, torch.zeros(5, 3), text)
     with pytest.raises(ValueError, match=r"parameters: \(.*\) on cpu; expected \("):
