@@ -56,7 +56,7 @@ sanitize: $(VENV)/.made-test
 	LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
-	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider -m "not slow" $(SANITIZED) $(ARGS)
+	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider $(SANITIZED) $(ARGS)
 
 # The Triton kernels' tests under the interpreter, each access checked against the tensors' memory.
 sanitize-kernels: $(VENV)/.made-test
@@ -65,7 +65,7 @@ sanitize-kernels: $(VENV)/.made-test
 bench: $(VENV)/.made-test
 	$(BIN)/pytest $(wildcard benchmarks/bench_*.py) $(ARGS)
 
-# The speed record and what the READMEs say of it: about half an hour on two quiet cores.
+# The speed record and what the READMEs say of it: about an hour on two quiet cores.
 speed: $(VENV)/.made-test
 	$(BIN)/python benchmarks/speed.py record --threads 1 $(ARGS)
 	$(BIN)/python benchmarks/speed.py record --threads 2 --subset

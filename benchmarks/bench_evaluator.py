@@ -129,7 +129,7 @@ def test_generation(benchmark, cell, precision):
     shared = setting.evaluator()
     shared.evaluate(archs[:2])
     calls = contestants(setting)
-    tried, times, losses = race(calls, archs[SAMPLE], archs, benchmark.enabled)
+    tried, times, losses, compiling = race(calls, archs[SAMPLE], archs, benchmark.enabled)
     # The one without folded norms takes turns; a generation of the other is timed once.
     plain = min((name for name in times if not name.startswith("folded")), key=times.get)
     timed = benchmark.enabled
@@ -149,8 +149,36 @@ def test_generation(benchmark, cell, precision):
         **setting.fields(result.sharing),
         **figures(own, once | turns.times, result.sharing, turns.peaks),
         sampled_seconds={name: round(t, 3) for name, t in tried.items()},
+        compile_seconds=compiling,
         archs_per_second=round(len(archs) / benchmark.stats.stats.median, 1),
     )
+
+
+def nodes_of(plan, leaf):
+    """The node of each level that a leaf passes through."""
+    return [int(np.searchsorted(offsets, leaf, "right")) - 1 for offsets in plan.offsets]
+
+
+@torch.no_grad()
+def score_one_at_a_time(setting):
+    """Statistics made once for what candidates share, the scores of each on their own."""
+    supernet, norms = setting.supernet, BatchNorms(setting.supernet)
+    plan = Plan(setting.archs)
+    statistics = Statistics.empty(plan)
+    losses = np.zeros(len(plan.archs))
+    with evaluation_mode(supernet), scope(setting.precision):
+        for x, _ in setting.calibration:
+            calibrate_step(supernet, norms, plan, x, statistics)
+        for leaf, arch in enumerate(plan.archs):
+            alone = Plan(arch[None])
+            own = Statistics.empty(alone)
+            own.stem, own.leaves[0] = statistics.stem, statistics.leaves[leaf]
+            for level, node in enumerate(nodes_of(plan, leaf)):
+                own.nodes[level][0] = statistics.nodes[level][node]
+            for x, y in setting.batches:
+                found = eval_step(supernet, norms, alone, x, y, "recalibrate", own)
+                losses[leaf] += float(found[1])
+    return losses[plan.inverse] / sum(len(y) for _, y in setting.batches)
 
 
 @torch.no_grad()
@@ -167,8 +195,7 @@ def calibrate_one_at_a_time(setting):
             for x, _ in setting.calibration:
                 calibrate_step(supernet, norms, alone, x, own)
             statistics.stem, statistics.leaves[leaf] = own.stem, own.leaves[0]
-            for level, offsets in enumerate(plan.offsets):
-                node = int(np.searchsorted(offsets, leaf, "right")) - 1
+            for level, node in enumerate(nodes_of(plan, leaf)):
                 statistics.nodes[level][node] = own.nodes[level][0]
         for x, y in setting.batches:
             losses += eval_step(supernet, norms, plan, x, y, "recalibrate", statistics)[1].numpy()
@@ -183,16 +210,13 @@ def test_levers(benchmark, monkeypatch, cell, precision):
     shared = setting.evaluator()
     shared.evaluate(archs[:2])
 
-    def trie_off():
-        return np.concatenate([shared.evaluate(archs[i : i + 1]).losses for i in range(len(archs))])
-
     def fusion_off():
         with monkeypatch.context() as patch:
             patch.setenv("FASTSHIFT_BACKEND", "reference")
             return shared.evaluate(archs).losses
 
     off = {
-        "trie": trie_off,
+        "trie": lambda: score_one_at_a_time(setting),
         "calibration sharing": lambda: calibrate_one_at_a_time(setting),
         "fusion": fusion_off,
     }

@@ -48,6 +48,7 @@ def test_first_evaluation(benchmark, case, precision):
         images=images,
         precision=precision,
         **{key: round(median(row[key] for row in found), 4) for key in found[0]},
+        extremes=[round(pick(row["seconds"] for row in found), 4) for pick in (min, max)],
     )
 
 
@@ -61,10 +62,13 @@ def test_memory(benchmark, case, what, precision):
             pytest.skip("one step is enough where nothing is timed")
         images = 32
     call = ("memory", name, size, precision, images, what)
-    shared = benchmark.pedantic(fresh, (*call, "shared"), rounds=1)
+    found = []
+    rounds = 3 if benchmark.enabled else 1
+    benchmark.pedantic(lambda: found.append(fresh(*call, "shared")), rounds=rounds)
     plain = {kind: fresh(*call, kind) for kind in LAYOUTS}
-    assert not any(row["hidden"] for row in (shared, *plain.values()))
+    assert not any(row["hidden"] for row in (*found, *plain.values()))
     best = min(plain, key=lambda kind: plain[kind]["bytes"])
+    sizes = sorted(row["bytes"] / 2**20 for row in found)
     note(
         benchmark,
         "memory",
@@ -73,8 +77,9 @@ def test_memory(benchmark, case, what, precision):
         size=size,
         images=images,
         precision=precision,
-        mebibytes=round(shared["bytes"] / 2**20, 1),
+        mebibytes=round(median(sizes), 1),
+        extremes=[round(sizes[0], 1), round(sizes[-1], 1)],
         baseline=best,
         baseline_mebibytes={k: round(row["bytes"] / 2**20, 1) for k, row in plain.items()},
-        ratio=round(shared["bytes"] / plain[best]["bytes"], 3),
+        ratio=round(median(sizes) / (plain[best]["bytes"] / 2**20), 3),
     )

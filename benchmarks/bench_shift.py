@@ -132,7 +132,7 @@ def test_accumulate(benchmark, case, generation, precision):
     archs = candidates(archs, benchmark.enabled, precision)
     setting = Setting(case, case[2], precision, archs)
     calls = contestants(setting)
-    tried, times, losses = race(calls, archs[SAMPLE], archs, benchmark.enabled)
+    tried, times, losses, compiling = race(calls, archs[SAMPLE], archs, benchmark.enabled)
     setting.check(losses)
     update = setting.update()
     update()
@@ -150,6 +150,7 @@ def test_accumulate(benchmark, case, generation, precision):
         generation=generation,
         **figures(benchmark.stats.stats.data, turns.times, setting.sharing, turns.peaks),
         sampled_seconds={name: round(t, 3) for name, t in tried.items()},
+        compile_seconds=compiling,
     )
 
 

@@ -36,7 +36,7 @@ from gpu_report import DRY_RUN, environment, not_measured, tables, write
 from gpu_timing import Clock, OutOfTimeError
 from triton.errors import TritonError
 
-from fastshift.cpu import is_interpreted
+from fastshift.backends import is_interpreted
 from fastshift.errors import CaptureError
 
 __all__ = ["items", "main"]

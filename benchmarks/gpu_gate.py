@@ -22,7 +22,7 @@ import torch
 from gpu_ceilings import plain_fp32
 from gpu_timing import Clock
 
-from fastshift.cpu import is_interpreted
+from fastshift.backends import is_interpreted
 from fastshift.evaluator import Evaluator
 from fastshift.testing import assert_as_accurate, random_archs, synthetic_data, tiny_supernet
 from fastshift.trainer import PathTrainer

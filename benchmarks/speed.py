@@ -177,6 +177,9 @@ def record(path: Path, threads: int, pattern: str | None) -> int:
         names = {f"{file}::{name.split('::', 1)[1]}" for name in ids}
         fresh = {row["name"] for row in rows}
         run["failed"] += sorted(names - fresh)
+        for earlier in kept["runs"][:-1]:
+            if earlier["threads"] == threads:
+                earlier["failed"] = [name for name in earlier["failed"] if name not in names]
         if names - fresh:
             print(found.stdout[-6000:], flush=True)
         drop(kept, ((name, threads) for name in names))

@@ -83,9 +83,10 @@ def _with_shares(record: dict[str, Any]) -> list[Row]:
             if floor:
                 row["asks"] = row["share"] * floor.bound / row[floor.field]
         rows.append(row)
-    medians = {(row["name"], row["threads"]): row["times"]["median"] for row in rows}
+    # Of one run alone: another's machine was in another mood.
+    medians = {(row["name"], row["run"]): row["times"]["median"] for row in rows}
     for row in rows:
-        own = medians.get((row["name"].replace("bf16", "fp32"), row["threads"]))
+        own = medians.get((row["name"].replace("bf16", "fp32"), row["run"]))
         if row["precision"] == "bf16" and row["item"] not in UNTIMED and own:
             row["over_fp32"] = own / row["times"]["median"]
     return rows
@@ -284,6 +285,8 @@ def details(record: dict[str, Any]) -> str:
         baselines = ", ".join(
             f"{name} {1e3 * t:.4g}" for name, t in row.get("baseline_seconds", {}).items()
         )
+        for name, t in row.get("compile_seconds", {}).items():
+            baselines += f", {name}'s compilation {t:.0f} s"
         if row["item"] == "memory":
             own = f"{row['mebibytes']} MiB"
             pairs = row["baseline_mebibytes"].items()
@@ -293,8 +296,13 @@ def details(record: dict[str, Any]) -> str:
             baselines = f"the score itself {1e3 * row['score_seconds']:.4g}"
         else:
             own = f"{1e3 * times['median']:.4g}"
-        timed = row["item"] not in UNTIMED
-        spread = f"{1e3 * times['min']:.4g}, {1e3 * times['stddev']:.2g}" if timed else ""
+        if "extremes" in row:
+            scale, unit = (1, " MiB") if row["item"] == "memory" else (1e3, "")
+            spread = " to ".join(f"{scale * x:.4g}" for x in row["extremes"]) + unit
+        elif times["rounds"] == 1:
+            spread = "once"
+        else:
+            spread = f"{1e3 * times['min']:.4g}, {1e3 * times['stddev']:.2g}"
         lines.append(
             [
                 f"`{row['name']}`",
@@ -308,7 +316,7 @@ def details(record: dict[str, Any]) -> str:
                 record["runs"][row["run"]]["commit"],
             ]
         )
-    head = ("figure", "threads", "median, ms", "min, stddev", "rounds", "GFLOP/s")
+    head = ("figure", "threads", "median, ms", "min, stddev, or from to", "rounds", "GFLOP/s")
     head += ("baselines, ms", "ratio", "commit")
     return (
         "## CPU speed, figure by figure\n\n"

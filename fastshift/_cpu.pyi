@@ -34,6 +34,7 @@ class Block:
         y: int,
         threads: int,
         bf16: bool = False,
+        packed: PackedWeights | None = None,
     ) -> None: ...
     def backward(
         self,
@@ -49,6 +50,8 @@ class Block:
         gradients: Sequence[int],
         threads: int,
         bf16: bool = False,
+        packed: PackedWeights | None = None,
+        add: bool = False,
     ) -> None: ...
     def infer(
         self,
@@ -62,4 +65,8 @@ class Block:
         pooled: bool,
         threads: int,
         bf16: bool = False,
+        packed: PackedWeights | None = None,
     ) -> None: ...
+
+class PackedWeights:
+    def __init__(self, block: Block) -> None: ...

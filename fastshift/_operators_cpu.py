@@ -98,18 +98,34 @@ class _Call:
         self.shape = (len(self.choice), n, *shape)
         self.row = n * height * width * channels
         self.out = n * shape[0] * shape[1] * shape[2]
-        self.plain: dict[int, list[Tensor | None]] = {}
+        self._plain: dict[int, list[Tensor | None]] = {}
+        self._parameters: dict[int, list[int]] = {}
+        self._packed: dict[int, _cpu.PackedWeights] = {}
         self._given = parameters
 
-    def parameters(self, choice: int) -> list[int]:
-        """Addresses of weight, scale and shift of each unit; 0 for what a batch norm has not."""
-        found = self.plain.get(choice)
+    def plain(self, choice: int) -> list[Tensor | None]:
+        """Weight, scale and shift of each unit; None for what a batch norm has not."""
+        found = self._plain.get(choice)
         if found is None:
-            found = self.plain[choice] = []
+            found = self._plain[choice] = []
             for index in self.places(choice):
                 # A dense kernel in channels-last memory is copied into its plain order.
                 found.append(None if index is None else self._given[index].contiguous())
-        return _addresses(found)
+        return found
+
+    def parameters(self, choice: int) -> list[int]:
+        """Their addresses; 0 for None."""
+        found = self._parameters.get(choice)
+        if found is None:
+            found = self._parameters[choice] = _addresses(self.plain(choice))
+        return found
+
+    def packed(self, choice: int) -> _cpu.PackedWeights:
+        """The weights of a choice as the kernels read them, for all its nodes."""
+        found = self._packed.get(choice)
+        if found is None:
+            found = self._packed[choice] = _cpu.PackedWeights(self.cores[choice])
+        return found
 
     def places(self, choice: int) -> list[int | None]:
         """Where in the list of all tensors weight, scale and shift of each unit are."""
@@ -177,6 +193,7 @@ def infer(
             False,
             call.threads,
             call.bf16,
+            call.packed(index),
         )
     return out
 
@@ -217,6 +234,7 @@ def train(
             call.out_at(out, node),
             call.threads,
             call.bf16,
+            call.packed(index),
         )
         kept += sizes[index] if keep else 0
     return out, statistics, saved
@@ -248,6 +266,7 @@ def backward(
             if needs[0]:
                 rows_to.add(source, d_out[node])
             continue
+        gradients, add = sums.target(index)
         core.backward(
             call.isa,
             call.images,
@@ -258,13 +277,14 @@ def backward(
             statistics.data_ptr() + node * statistics.shape[1] * FLOAT,
             call.out_at(d_out, node),
             rows_to.address(source) if needs[0] else 0,
-            sums.addresses(index),
+            gradients,
             call.threads,
             call.bf16,
+            call.packed(index),
+            add,
         )
         if needs[0]:
             rows_to.written(source)
-        sums.written(index)
         kept += sizes[index]
     if needs[0]:
         rows_to.finish()
@@ -314,26 +334,21 @@ class _Sums:
     def __init__(self, call: _Call, needs: Sequence[bool]) -> None:
         self._call, self._needs = call, needs
         self._totals: dict[int, list[Tensor | None]] = {}
-        self._terms: dict[int, list[Tensor | None]] = {}
+        self._addresses: dict[int, list[int]] = {}
 
-    def addresses(self, choice: int) -> list[int]:
-        """Where a node's gradients are to be written; `written` must follow."""
-        target = self._terms if choice in self._totals else self._totals
-        if choice not in target:
-            made = target[choice] = []
+    def target(self, choice: int) -> tuple[list[int], bool]:
+        """Where a node's gradients go, and whether another's are there, which they add to."""
+        again = choice in self._totals
+        if not again:
+            made = self._totals[choice] = []
             for place, plain in zip(
-                self._call.places(choice), self._call.plain[choice], strict=True
+                self._call.places(choice), self._call.plain(choice), strict=True
             ):
                 # The kernels write every weight's gradient, and a batch norm's where it is asked.
                 skipped = plain is None or (plain.dim() == 1 and not self._needs[place])
                 made.append(None if skipped else torch.empty_like(plain))
-        return _addresses(target[choice])
-
-    def written(self, choice: int) -> None:
-        """Add the node's gradients; those of a choice's first node are the sum already."""
-        for total, term in zip(self._totals[choice], self._terms.get(choice, ()), strict=False):
-            if total is not None:
-                total.add_(term)
+            self._addresses[choice] = _addresses(made)
+        return self._addresses[choice], again
 
     def finish(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the parameters that need one; zeros where no node uses it."""

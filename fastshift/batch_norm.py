@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastshift.backends import backend
 from fastshift.channel_moments import summed_in_chunks
-from fastshift.cpu import backend, block_of
+from fastshift.cpu import block_of
 from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
@@ -188,6 +190,13 @@ class MomentSums:
         ]
 
 
+@dataclass
+class _Packed:
+    total: Tensor  # of the moments times their weights, in float64
+    parts: Sequence[int]
+    weight: int
+
+
 class MovingAverages:
     """One moving-average update per (block, choice) and training step, whatever the cut.
 
@@ -199,6 +208,7 @@ class MovingAverages:
         self._norms = norms
         self._sums: dict[str, list[Tensor]] = {}
         self._weights: dict[str, int] = {}
+        self._packed: dict[nn.Module, _Packed] = {}
 
     def add(self, owner: nn.Module, moments: Sequence[Moments], weight: int) -> None:
         """Add the moments of one node that `weight` candidates pass through."""
@@ -212,6 +222,39 @@ class MovingAverages:
                 self._sums[name] = [mean.double() * weight, var.double() * weight]
                 self._weights[name] = weight
 
+    def add_packed(
+        self, owner: nn.Module, moments: Tensor, parts: Sequence[int], weight: int
+    ) -> None:
+        """Add the moments of one node that are in one tensor, by one addition.
+
+        Args:
+            owner: a candidate op.
+            moments: `[K]`, mean, variance and something else of every batch norm.
+            parts: the sizes of these, the same at each call for an owner.
+            weight: candidates that pass through the node.
+        """
+        found = self._packed.get(owner)
+        if found is None:
+            self._packed[owner] = _Packed(moments.double() * weight, parts, weight)
+        else:
+            found.total.add_(moments, alpha=weight)
+            found.weight += weight
+
+    def _unpack(self) -> None:
+        """Put what `add_packed` added up with the sums of the batch norms."""
+        for owner, own in self._packed.items():
+            parts = own.total.split(own.parts)
+            pairs = zip(parts[::3], parts[1::3], strict=True)
+            for (name, _), pair in zip(self._norms.of(owner), pairs, strict=True):
+                if name in self._sums:
+                    for total, part in zip(self._sums[name], pair, strict=True):
+                        total.add_(part)
+                    self._weights[name] += own.weight
+                else:
+                    self._sums[name] = list(pair)
+                    self._weights[name] = own.weight
+        self._packed.clear()
+
     @torch.no_grad()
     def apply(self, ema: dict[str, Tensor] | None = None) -> None:
         """Make the update.
@@ -220,6 +263,7 @@ class MovingAverages:
             ema: where given, the averages kept there (`NAME.running_mean`, `NAME.running_var`) move
                 and the modules' own stay; else the modules' own move.
         """
+        self._unpack()
         modules = dict(self._norms.items())
         for name, (mean, var) in self._sums.items():
             norm, weight = modules[name], self._weights[name]

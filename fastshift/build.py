@@ -10,6 +10,7 @@ import torch
 
 from fastshift import checkpoint, cpu, spaces
 from fastshift import data as data_module
+from fastshift.backends import backend
 from fastshift.config import Config
 from fastshift.device import parse_device, settle_on
 from fastshift.errors import ConfigError, FastShiftError, SpaceError
@@ -56,7 +57,7 @@ def check_backend() -> None:
     Raises:
         ConfigError: with the reason.
     """
-    cpu.backend()
+    backend()
     cpu.instruction_set()
     wanted_steps(torch.device("cpu"))
 

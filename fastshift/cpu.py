@@ -7,11 +7,9 @@ needs.
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -19,19 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastshift._native import cpu as _cpu
+from fastshift.backends import backend
 from fastshift.errors import ConfigError
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
+from fastshift.made_of import MadeOf, norm_of, weight_of
 
 __all__ = [
     "CpuBlock",
     "CpuHead",
-    "backend",
-    "backends",
     "block_of",
-    "cuda_backend",
     "instruction_set",
     "instruction_sets",
-    "is_interpreted",
     "release_memory",
     "row_dtype",
 ]
@@ -66,64 +62,6 @@ def _instruction_set(wanted: str) -> str:
     )
 
 
-BACKENDS = ("reference", "cpu", "triton")
-
-
-def backends() -> dict[str, str | None]:
-    """What may compute a population layer, and why it cannot run here; None for what can."""
-    return {name: _reason(name) for name in BACKENDS}
-
-
-def _reason(name: str) -> str | None:
-    if name != "triton":
-        return None
-    if not _has_triton():
-        return "triton is not installed"
-    if not is_interpreted() and not torch.cuda.is_available():
-        return "there is no CUDA device, and TRITON_INTERPRET=1, for tests without one, is not set"
-    return None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter, on tensors of any device."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
-
-
-def backend() -> str:
-    """What computes population layers of rows on a CPU: `FASTSHIFT_BACKEND`, or `cpu`.
-
-    Raises:
-        ConfigError: the one asked for is unknown or cannot run here.
-    """
-    name = _asked("cpu")
-    reason = _reason(name)
-    if reason is not None:
-        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r} cannot run: {reason}")
-    return name
-
-
-def cuda_backend() -> str:
-    """What computes population layers of rows on a CUDA device: `triton`, or `reference`.
-
-    Raises:
-        ConfigError: the one asked for is unknown.
-    """
-    return "triton" if _asked("triton") == "triton" and _has_triton() else "reference"
-
-
-def _asked(default: str) -> str:
-    name = os.environ.get("FASTSHIFT_BACKEND") or default
-    if name not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise ConfigError(f"FASTSHIFT_BACKEND: {name!r}; expected one of {known}")
-    return name
-
-
 _BLOCKS: WeakKeyDictionary[nn.Module, CpuBlock | CpuHead] = WeakKeyDictionary()
 
 
@@ -136,24 +74,13 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
         or backend() != "cpu"
     ):
         return None
-    modules = _modules_of(op)
-    units = [module for module in modules if isinstance(module, ConvUnit)]
-    # A unit that was replaced, or changed into what the kernels lack, shows here.
-    if not _are_built_in(units):
-        return None
     found = _BLOCKS.get(op)
-    if found is None or not found.holds(units):
-        found = _BLOCKS[op] = CpuHead(op) if isinstance(op, HeadModule) else CpuBlock(op)
-    # A hook expects the module it hangs on to be called.
-    return None if any(map(_has_hooks, modules)) else found
-
-
-def _modules_of(op: nn.Module) -> list[nn.Module]:
-    """A module and all below it; `modules()` takes several times as long, at each call."""
-    found = [op]
-    for module in found:
-        found += [child for child in module._modules.values() if child is not None]
-    return found
+    if found is None or not found.made_of.is_still(op):
+        made_of = MadeOf(op)
+        if not made_of.is_built_in():
+            return None
+        found = _BLOCKS[op] = (CpuHead if isinstance(op, HeadModule) else CpuBlock)(op, made_of)
+    return found if found.made_of.runs_as_written(op) else None
 
 
 def row_dtype(x: Tensor) -> torch.dtype | None:
@@ -166,49 +93,6 @@ def row_dtype(x: Tensor) -> torch.dtype | None:
     wanted = torch.get_autocast_dtype("cpu")
     known = x.dtype in (torch.float32, torch.bfloat16)
     return wanted if wanted is torch.bfloat16 and known else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _are_built_in(units: Sequence[ConvUnit]) -> bool:
-    for unit in units:
-        norm = _norm(unit)
-        if not (
-            type(norm) is nn.BatchNorm2d
-            and norm.track_running_stats
-            and all(p is None or p.dtype is torch.float32 for p in (_weight(unit), *_affine(norm)))
-            and unit.bias is None
-            and unit.dilation == (1, 1)
-            and unit.padding == (unit.kernel_size[0] // 2,) * 2
-            and (
-                unit.groups == 1 or (unit.kernel_size[0] in (3, 5, 7) and unit.stride[0] in (1, 2))
-            )
-        ):
-            return False
-    return bool(units)
-
-
-# Past nn.Module.__getattr__, which costs more than all else at the kernels' smallest sizes.
-
-
-def _norm(unit: ConvUnit) -> nn.Module | None:
-    return unit._modules.get("norm")
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    return norm._parameters.get("weight"), norm._parameters.get("bias")
-
-
-def _weight(unit: ConvUnit) -> Tensor:
-    found = unit._parameters.get("weight")
-    return unit.weight if found is None else found  # a parametrised one is computed
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -240,7 +124,8 @@ def _empty(
 class CpuBlock:
     """The compiled form of one candidate op."""
 
-    def __init__(self, op: UnitChain) -> None:
+    def __init__(self, op: UnitChain, made_of: MadeOf | None = None) -> None:
+        self.made_of = made_of or MadeOf(op)
         frame = op.frame if isinstance(op, OpModule) else "plain"
         shortcut = op.shortcut if isinstance(op, OpModule) else None
         units: list[ConvUnit] = [op._modules[str(i)] for i in range(op.num_units)]
@@ -274,21 +159,17 @@ class CpuBlock:
             self.out_channels,
         )
 
-    def holds(self, units: Sequence[ConvUnit]) -> bool:
-        """Whether this was made of just these units."""
-        return len(units) == len(self.units) and all(map(operator.is_, units, self.units))
-
     @property
     def eps(self) -> list[float]:
         """Of each unit's batch norm."""
-        return [_norm(unit).eps for unit in self.units]
+        return [norm_of(unit).eps for unit in self.units]
 
     def parameters(self) -> list[Tensor | None]:
         """Weight, scale and shift of each unit."""
         found = []
         for unit in self.units:
-            own = _norm(unit)._parameters
-            found += (_weight(unit), own["weight"], own["bias"])
+            own = norm_of(unit)._parameters
+            found += (weight_of(unit), own["weight"], own["bias"])
         return found
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -307,6 +188,18 @@ class CpuBlock:
         """Refuse rows that the kernels would read past the end of."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: {tuple(x.shape)}; expected [N, {self.in_channels}, H, W]")
+
+    def _fixed(self, moments: Sequence[Moments]) -> list[Tensor]:
+        """Means and variances as the kernels read them."""
+        if len(moments) != len(self.units):
+            raise ValueError(f"moments: {len(moments)} pairs; expected {len(self.units)}")
+        found = [moment for pair in moments for moment in pair]
+        for index, moment in enumerate(found):
+            width = (self.units[index // 2].out_channels,)
+            if moment.shape != width or moment.device.type != "cpu":
+                place = f"{tuple(moment.shape)} on {moment.device}"
+                raise ValueError(f"moments: {place}; expected {width} on cpu")
+        return [moment.float().contiguous() for moment in found]
 
     def train(self, x: Tensor) -> tuple[Tensor, list[Moments]]:
         """Apply the op with each batch norm normalising by this batch's own moments.
@@ -346,13 +239,14 @@ class CpuBlock:
         else:
             y = _empty(n, self.out_channels, *self.sizes(height, width)[self.main - 1], x.dtype)
         parameters = [_plain(p) for p in self.parameters()]
+        fixed = self._fixed(moments)
         self.core.infer(
             instruction_set(),
             (n, height, width),
             x.data_ptr(),
             _pointers(parameters),
             self.eps,
-            [s.data_ptr() for pair in moments for s in pair],
+            _pointers(fixed),
             y.data_ptr(),
             pooled,
             torch.get_num_threads(),
@@ -364,13 +258,10 @@ class CpuBlock:
 class CpuHead:
     """The compiled form of a classifier: its units fused, its linear layer PyTorch's."""
 
-    def __init__(self, head: HeadModule) -> None:
+    def __init__(self, head: HeadModule, made_of: MadeOf) -> None:
+        self.made_of = made_of
         self._head = ref(head)  # its classifier may be replaced
-        self.block = CpuBlock(head.features)
-
-    def holds(self, units: Sequence[ConvUnit]) -> bool:
-        """Whether this was made of just these units."""
-        return self.block.holds(units)
+        self.block = CpuBlock(head.features, made_of)
 
     def _logits(self, features: Tensor) -> Tensor:
         head = self._head()

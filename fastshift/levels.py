@@ -25,7 +25,7 @@ from fastshift.population_layer import (
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Segment
 
-__all__ = ["Level", "Rows", "Visit", "last_rows", "level_of", "walk"]
+__all__ = ["Level", "LevelMoments", "Rows", "Visit", "last_rows", "level_of", "walk"]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -74,6 +74,38 @@ def _entering(rows: Rows) -> Tensor:
     return rows.packed.to(row_dtype(rows.packed))
 
 
+class LevelMoments:
+    """What the batch norms of a level's nodes met.
+
+    Args:
+        layer: of the level.
+        choice: of each node.
+        statistics: of each node, as `layer_train` gives them.
+    """
+
+    def __init__(self, layer: PopulationLayer, choice: Sequence[int], statistics: Tensor) -> None:
+        self._parts = _parts(layer)
+        self._choice = choice
+        self._statistics = statistics
+
+    def packed(self) -> list[tuple[Tensor, list[int]]]:
+        """Of each node as `MovingAverages.add_packed` takes them."""
+        parts = [self._parts[choice] for choice in self._choice]
+        rows = zip(self._statistics.unbind(), parts, strict=True)
+        return [(row[: sum(own)], own) for row, own in rows]
+
+    def each(self) -> list[list[Moments]]:
+        """Of each node the mean and the unbiased variance, `[C]` each, of every batch norm.
+
+        None for an identity.
+        """
+        found = []
+        for row, own in self.packed():
+            parts = row.split(own)
+            found.append(list(zip(parts[::3], parts[1::3], strict=True)))
+        return found
+
+
 class Level:
     """A level's nodes as arguments of the operators: the choices that nodes have, numbered anew.
 
@@ -99,7 +131,7 @@ class Level:
     def _nodes(self, parent: Sequence[int]) -> tuple[Tensor, Tensor]:
         return _indices(tuple(parent)), _indices(tuple(self._choice))
 
-    def train(self, rows: Rows, parent: Sequence[int]) -> tuple[Rows, list[list[Moments]]]:
+    def train(self, rows: Rows, parent: Sequence[int]) -> tuple[Rows, LevelMoments]:
         """Apply the nodes' ops with each batch norm normalising by this batch's own moments.
 
         Args:
@@ -107,8 +139,7 @@ class Level:
             parent: index into `rows` of each node.
 
         Returns:
-            The nodes' rows; and of each node the mean and the unbiased variance, `[C]` each, of
-            every batch norm, none for an identity.
+            The nodes' rows, and the moments that their batch norms met.
         """
         x = _entering(rows)
         keep = torch.is_grad_enabled() and (
@@ -117,11 +148,7 @@ class Level:
         out, statistics, _ = layer_train(
             x, *self._nodes(parent), self._parameters, self._text, keep
         )
-        moments = []
-        for choice, own in zip(self._choice, statistics.unbind(), strict=True):
-            parts = own.split(_parts(self._layer)[choice])[:-1]
-            moments.append(list(zip(parts[::3], parts[1::3], strict=True)))
-        return Rows(packed=out), moments
+        return Rows(packed=out), LevelMoments(self._layer, self._choice, statistics)
 
     def moments(self, of: Iterable[Sequence[Moments]]) -> Tensor:
         """`infer`'s moments from those of each node, none for an identity."""
@@ -152,13 +179,13 @@ class Level:
 
 @cache
 def _parts(layer: PopulationLayer) -> list[list[int]]:
-    """How a node's statistics are made up: mean, variance and the rest of each unit; the end."""
+    """How a node's statistics are made up: mean, variance and the rest of each unit."""
     found = []
     for op in layer.ops:
         own = []
         for unit in op.units if op else ():
             own += (unit.out_channels, unit.out_channels, (STATISTICS - 2) * unit.out_channels)
-        found.append([*own, layer.statistics_floats - sum(own)])
+        found.append(own)
     return found
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastshift import _operators_cpu, _operators_ref, _operators_triton
-from fastshift.cpu import backend, cuda_backend, is_interpreted
+from fastshift.backends import backend, cuda_backend, is_interpreted
 from fastshift.errors import ConfigError
 from fastshift.population_layer import PopulationLayer, parse_layer
 
@@ -203,6 +203,9 @@ def _nodes(
     described: PopulationLayer, rows: Tensor, parent: Tensor, choice: Tensor
 ) -> tuple[list[int], list[int]]:
     """The nodes' parents and choices, where none is outside of what is there."""
+    for name, values in (("parent", parent), ("choice", choice)):
+        if values.is_floating_point() or values.dtype is torch.bool:
+            raise ValueError(f"{name}: {values.dtype}; expected integers")
     sources, choices = parent.tolist(), choice.tolist()
     limit = len(described.ops)
     if choices and max(choices) >= limit:
@@ -286,10 +289,12 @@ def saved_floats(
 def _backward(d_out, rows, parent, choice, parameters, statistics, saved, layer, needs):
     described = _checked(rows, parent, choice, parameters, layer)
     run, nodes = _kernels(described, rows, parent, choice, parameters)
-    expected = saved_floats(described, rows, choice, parameters)
-    if saved.shape[0] != expected:
+    expected = (saved_floats(described, rows, choice, parameters),)
+    wide = _operators_ref.wide_type(rows, parameters)
+    if saved.shape != expected or saved.dtype is not wide or not saved.is_contiguous():
         raise ValueError(
-            f"saved: {saved.shape[0]} floats; expected {expected}, as layer_train keeps"
+            f"saved: {tuple(saved.shape)} of {saved.dtype}; expected {expected} of {wide}, "
+            "contiguous, as layer_train keeps"
         )
     expected = (choice.shape[0], *rows.shape[1:2], *described.output_shape(*rows.shape[2:]))
     if d_out.shape != expected or d_out.dtype is not rows.dtype:

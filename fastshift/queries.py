@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastshift import cpu, report, spaces
+from fastshift import backends, cpu, report, spaces
 from fastshift.build import (
     check_backend,
     check_ema,
@@ -315,10 +315,10 @@ def _print_kernels() -> None:
     """Print which implementation of each kernel runs, and why each other does not."""
     try:
         check_backend()
-        backend = cpu.backend()
+        backend = backends.backend()
         level = cpu.instruction_set() if backend == "cpu" else None
         runs = f"{backend}, {level}" if level else backend
-        cuda = cpu.cuda_backend()
+        cuda = backends.cuda_backend()
     except ConfigError:  # said last
         backend, level, runs, cuda = None, None, "nothing", "nothing"
     print("population layer (scoring, calibration, training):")
@@ -328,7 +328,7 @@ def _print_kernels() -> None:
     if torch.cuda.is_available():
         print(f"  {'on CUDA':14} {cuda}: the operators (fastshift.operators); modules otherwise")
     print("implementations, of rows on a CPU:")
-    _print_choices(cpu.backends(), backend, "FASTSHIFT_BACKEND")
+    _print_choices(backends.backends(), backend, "FASTSHIFT_BACKEND")
     print("instruction sets of cpu:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
 

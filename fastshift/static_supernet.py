@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastshift.cpu import backend
+from fastshift.backends import backend
 from fastshift.errors import ConfigError, UnsupportedError
 from fastshift.layers import ConvUnit
 from fastshift.node_tables import NodeTables

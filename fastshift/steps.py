@@ -103,7 +103,7 @@ def calibrate_step(
 
     def whole(level: int, first: int, nodes: Level, rows: Rows, parent: Sequence[int]) -> Rows:
         out, moments = nodes.train(rows, parent)
-        for index, found in enumerate(moments, first):
+        for index, found in enumerate(moments.each(), first):
             if found:
                 statistics.nodes[level][index].add(found)
         return out
@@ -244,9 +244,9 @@ def train_step(
 
     def whole(level: int, first: int, nodes: Level, rows: Rows, parent: Sequence[int]) -> Rows:
         out, moments = nodes.train(rows, parent)
-        for index, (op, found) in enumerate(zip(nodes.ops, moments, strict=True), first):
+        for index, (op, found) in enumerate(zip(nodes.ops, moments.packed(), strict=True), first):
             if op is not None:
-                averages.add(op, found, int(plan.weights[level][index]))
+                averages.add_packed(op, *found, int(plan.weights[level][index]))
         return out
 
     visit = Visit(node, whole)

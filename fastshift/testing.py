@@ -33,6 +33,7 @@ from fastshift.supernet import ChainSupernet, Supernet
 
 __all__ = [
     "FLOAT64_TOLERANCE",
+    "FLOORS",
     "SyntheticData",
     "assert_as_accurate",
     "assert_same_predictions",
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 FLOAT64_TOLERANCE = 1e-10
+# Of a relative error against float64, where twice that of PyTorch in the same type is smaller.
+FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FP32_FACTOR = 2.0
 MARGIN = 1e-4
 MOST_CLOSE = 1e-3

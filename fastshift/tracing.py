@@ -12,11 +12,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _torch_module
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["conv_norm_pairs", "runs_as_written", "unfold"]
+__all__ = ["conv_norm_pairs", "has_global_hooks", "is_changed", "runs_as_written", "unfold"]
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    f"_global_{name}"
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
 
 
 class _Root(nn.Module):
@@ -77,18 +80,27 @@ def unfold(owner: nn.Module) -> None:
 
 def runs_as_written(owner: nn.Module) -> bool:
     """Whether calling a module and its parts runs their classes' `forward` and nothing else."""
-    if any(getattr(_torch_module, f"_global_{name}", None) for name in _HOOKS):
-        return False
-    for module in owner.modules():
-        own = vars(module)
-        if (
-            "forward" in own
-            or any(own.get(f"_{name}") for name in _HOOKS)
-            or own.get("_compiled_call_impl") is not None
-            or "_orig_mod" in module._modules  # what torch.compile gives
-        ):
-            return False
-    return True
+    return not (has_global_hooks() or any(map(is_changed, owner.modules())))
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module at all runs something else too."""
+    return any(getattr(_torch_module, name, None) for name in _GLOBAL_HOOKS)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether calling this module, its parts aside, runs other than its class's `forward`."""
+    own = module.__dict__
+    get = own.get
+    return bool(
+        get("_forward_hooks")
+        or get("_forward_pre_hooks")
+        or get("_backward_hooks")
+        or get("_backward_pre_hooks")
+        or "forward" in own
+        or get("_compiled_call_impl") is not None
+        or "_orig_mod" in module._modules  # what torch.compile gives
+    )
 
 
 def _state(owner: nn.Module) -> tuple:

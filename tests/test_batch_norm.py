@@ -278,6 +278,32 @@ def test_a_lone_paths_update_is_the_one_its_batch_norms_would_make(kind):
         assert global_error([_statistics_of(found)[name]], [value]) < FLOAT64_TOLERANCE, name
 
 
+def test_moments_in_one_tensor_count_as_each_for_itself():
+    """Also where some of an op's nodes come the one way and some the other."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [3, 1, 7, 2]
+    found = []
+    for packed in ([False] * 4, [True] * 4, [True, False, False, True]):
+        net = tiny_supernet()
+        op, norms = net.blocks[0][1], BatchNorms(net)
+        sizes = [len(norm.running_mean) for _, norm in norms.of(op)]
+        averages = MovingAverages(norms)
+        generator.manual_seed(1)
+        for weight, together in zip(weights, packed, strict=True):
+            parts = [size for size in sizes for size in (size, size, 3 * size)]
+            moments = torch.rand(sum(parts), generator=generator)
+            if together:
+                averages.add_packed(op, moments, parts, weight)
+            else:
+                each = moments.split(parts)
+                averages.add(op, list(zip(each[::3], each[1::3], strict=True)), weight)
+        averages.apply()
+        found.append(_statistics_of(net))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())
+    assert not torch.equal(found[0]["blocks.0.1.0.norm.running_mean"], torch.zeros(sizes[0]))
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_one_update_a_step_from_the_candidate_weighted_mean(kind):
     """The moments each candidate would meet on its own, averaged over those that use the op."""

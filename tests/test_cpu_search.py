@@ -15,6 +15,7 @@ from fastshift.search import search
 from fastshift.steps import train_step
 from fastshift.supernet import Supernet
 from fastshift.testing import (
+    FLOORS,
     assert_as_accurate,
     global_error,
     random_archs,
@@ -29,7 +30,7 @@ SPACES = {
     "shufflenet_v2": spaces.shufflenet_v2(image_size=16, num_classes=4, width=0.25),
 }
 BACKENDS = ("reference", "cpu")
-FLOOR = 1e-5  # of a relative error in float32
+FLOOR = FLOORS[torch.float32]
 
 
 @pytest.fixture(params=SPACES)
@@ -71,6 +72,22 @@ def calls(monkeypatch):
     return taken
 
 
+def test_every_instruction_set_ranks_alike(monkeypatch):
+    space = SPACES["digits"]
+    net, data = _supernet(space), _data(space)
+    archs = np.unique(random_archs(space, 24, seed=4), axis=0)
+    evaluator = Evaluator(net, data.validation, calibration=data.calibration)
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
+    plain = evaluator.evaluate(archs)
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "cpu")
+    for name, reason in cpu.instruction_sets().items():
+        if reason is None:
+            monkeypatch.setenv("FASTSHIFT_CPU_ISA", name)
+            found = evaluator.evaluate(archs)
+            assert found.losses.argsort().tolist() == plain.losses.argsort().tolist(), name
+            assert np.array_equal(found.errors, plain.errors), name
+
+
 @pytest.mark.parametrize("policy", ["recalibrate", "batch"])
 def test_scores_are_as_accurate_and_ranked_alike(space, policy, monkeypatch, calls):
     net, data = _supernet(space), _data(space)
@@ -91,7 +108,8 @@ def test_scores_are_as_accurate_and_ranked_alike(space, policy, monkeypatch, cal
     assert np.array_equal(found["cpu"].errors, found["reference"].errors)
 
 
-def test_an_accumulated_gradient_is_as_accurate(space, monkeypatch):
+@pytest.mark.parametrize("draws", [5, pytest.param(25, marks=pytest.mark.slow)])
+def test_an_accumulated_gradient_is_as_accurate(space, draws, monkeypatch):
     """Of a whole population, in the middle of draws.
 
     In a deep random network one value that rounding takes across a ReLU moves a draw's gradient by
@@ -100,7 +118,7 @@ def test_an_accumulated_gradient_is_as_accurate(space, monkeypatch):
     net = _supernet(space).train()
     archs = np.unique(random_archs(space, 4, seed=3), axis=0)
     errors = {name: [] for name in BACKENDS}
-    for draw in range(5):
+    for draw in range(draws):
         torch.manual_seed(draw)
         x = torch.randn(8, space.in_channels, space.image_size, space.image_size)
         found = {}

@@ -19,7 +19,7 @@ from gpu_items import Bench, Item
 from gpu_report import DRY_RUN, tables
 from gpu_timing import Clock, OutOfTimeError, Several, in_turns
 
-from fastshift.cpu import is_interpreted
+from fastshift.backends import is_interpreted
 from fastshift.kernels import loss
 from fastshift.testing import global_error
 

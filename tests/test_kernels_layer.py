@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastshift import cpu, spaces
+from fastshift import backends, spaces
 from fastshift.errors import ConfigError
 from fastshift.kernels import _launch, addresses, plan
 from fastshift.kernels import layer as kernels
@@ -496,10 +496,10 @@ def test_triton_says_why_it_cannot_run(use, monkeypatch):
     with pytest.raises(ConfigError, match="there is no CUDA device, and TRITON_INTERPRET=1"):
         implementation(case.layer, rows, case.parameters)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cpu.backends()["triton"] is None
+    assert backends.backends()["triton"] is None
     with pytest.raises(ConfigError, match="rows are on a CPU, and TRITON_INTERPRET=1"):
         implementation(case.layer, rows, case.parameters)
-    monkeypatch.setattr(cpu, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
     with pytest.raises(ConfigError, match="triton is not installed"):
         implementation(case.layer, rows, case.parameters)
 

@@ -31,9 +31,9 @@ from fastshift.population_layer import (
     describe_op,
     parse_layer,
 )
-from fastshift.testing import FLOAT64_TOLERANCE, global_error
+from fastshift.testing import FLOAT64_TOLERANCE, FLOORS, global_error
 
-FLOOR = 1e-5  # of a relative error in float32
+FLOOR = FLOORS[torch.float32]
 ABSOLUTE = 1e-6  # of the layer's largest gradient, for one that is zero by symmetry
 
 
@@ -429,6 +429,26 @@ def test_outputs_are_memory_that_was_full_of_nan(name, population, monkeypatch):
     assert poison.given >= 4
 
 
+@BY_NAME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weights_packed_once_for_all_nodes_change_no_bit(name, dtype, monkeypatch):
+    """A choice's nodes share them, forward, backward and in inference."""
+    layer, rows, *nodes = _case(name, SHAPES["odd"], (2, [0, 1, 1, 0, 1], [1, 2, 1, 2, 3]))
+    moments, given = _random_moments(layer, len(nodes[0])), layer.given(needs=False)
+
+    def results():
+        found = _trained(layer, rows, *nodes, rows_type=dtype)
+        found["scored"] = layer_infer(rows.to(dtype), *nodes, given, moments, layer.text)
+        return found
+
+    shared, made = results(), []
+    monkeypatch.setattr(_operators_cpu._Call, "packed", lambda _, choice: made.append(choice))
+    alone = results()
+    assert len(made) == 3 * len(nodes[0])
+    assert shared.keys() == alone.keys()
+    assert all(torch.equal(shared[key], alone[key]) for key in alone)
+
+
 def test_the_number_of_threads_changes_no_bit():
     layer, *case = _case("s1", (19, 6, 5, 4), POPULATIONS["cousins"])
     before, results = torch.get_num_threads(), []
@@ -507,6 +527,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     for wrong in (5, 6):
         with pytest.raises(ValueError, match="choice: "):
             train(rows, parent, choice.clone().fill_(wrong), given, text)
+    for nodes in ((parent.float(), choice), (parent, choice.bool())):
+        with pytest.raises(ValueError, match="expected integers"):
+            train(rows, *nodes, given, text)
     with pytest.raises(ValueError, match="moments: "):
         layer_infer(rows, parent, choice, given, torch.zeros(5, 3), text)
     with pytest.raises(ValueError, match=r"parameters: \(.*\) on cpu; expected \("):
@@ -521,7 +544,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     y, statistics, saved = train(rows, parent, choice, given, text)
     needs = [True] * (1 + len(given))
     for d_out, sums, kept, says in (
-        (y, statistics, torch.empty(0), "saved: 0 floats"),
+        (y, statistics, torch.empty(0), r"saved: \(0,\)"),
+        (y, statistics, saved.bfloat16(), "saved: .* of torch.bfloat16"),
+        (y, statistics, torch.stack((saved, saved), 1)[:, 0], "saved: .*contiguous"),
         (y[:1], statistics, saved, "d_out: "),
         (y.bfloat16(), statistics, saved, "d_out: "),
         (y, statistics[:1], saved, "statistics: shape"),

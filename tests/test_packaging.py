@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import re
@@ -105,6 +106,39 @@ def test_types_are_shipped():
     package = resources.files(fastshift)
     assert (package / "py.typed").is_file()
     assert (package / "_core.pyi").is_file()
+    assert (package / "_cpu.pyi").is_file()
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+@pytest.mark.parametrize("part", ["_core", "_cpu"])
+def test_the_compiled_parts_outlive_a_release_of_torch(part):
+    file = importlib.import_module(f"fastshift.{part}").__file__
+    done = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", done.stdout)
+    assert any(name.startswith("libstdc++") for name in needed)
+    assert not [name for name in needed if re.match(r"lib(torch|c10|aten)", name)]
+
+
+# Compilers of other kinds, where they are installed; a wheel for such a machine is made of these.
+OTHERS = [
+    ("aarch64-linux-gnu-g++", ()),
+    ("clang++", ()),
+    ("clang++", ("--target=aarch64-linux-gnu",)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiler", "options"), OTHERS, ids=lambda value: "".join(value))
+def test_the_cpu_kernels_compile_elsewhere(compiler, options):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    sources = [
+        ROOT / "csrc" / "cpu" / f"{name}.cpp"
+        for name in ("block", "block_backward", "pool", "memory", "isa", "kernels_generic")
+    ]
+    command = [compiler, *options, "-std=c++17", "-Wall", "-Wextra", "-fsyntax-only", *sources]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_version_stands_in_one_place():

@@ -36,6 +36,7 @@ def timed(name, file="blocks", median=0.01, **extra):
 
 def block(name, ratio, **extra):
     fields = {"ratio": ratio, "ratio_folded": ratio / 2, "gflop": 0.7, "kernels": "avx512"}
+    fields["peak_gflop"] = 1.0
     times = {"eager nchw": 0.03, "eager nhwc": 0.01 * ratio}
     return timed(name, item="block inference", baseline_seconds=times, **fields, **extra)
 
@@ -118,6 +119,8 @@ def test_a_missed_floor_is_said_to_be_missed(record):
     text = summary(record)
     assert "**missed** (1 of 2 met)" in line_of(text, "block inference")
     assert "60 % of ceiling: met" in line_of(text, "block inference")
+    # At 70 % of the ceiling and 2.5 and 1.5 times the baseline, twice it takes 56 and 93 %.
+    assert "| 2 | 56 % / 93 % |" in line_of(text, "block inference")
     assert line_of(text, "accumulate | s, 32 px | fp32 | 1 |  | 4.40 = 2.20 S").count("| met |")
     assert "1.50 s" in line_of(text, "first evaluation")
     assert "**missed**" in line_of(text, "first evaluation")
@@ -141,6 +144,35 @@ def test_a_dirty_tree_and_a_failure_show(record):
     for text in (summary(record), details(record)):
         assert "with uncommitted changes" in text
         assert "Failed, so without a row: blocks::test_inference[c]" in text
+
+
+def test_a_share_of_the_ceiling_is_of_the_same_rounds():
+    """The machine slows down by ten in one round: so does its matrix product."""
+    found = figures([1.0, 10.0, 1.0], {"eager": [2.0, 20.0, 2.0]}, peaks=[1.0, 100.0, 10.0, 100.0])
+    assert found["peak_gflop"] == 100.0
+
+
+def test_types_are_compared_within_a_run_alone(record):
+    bf16 = block("test_inference[a-bf16]", 3.0, precision="bf16")
+    fp32 = block("test_inference[a-fp32]", 3.0)
+    fp32["stats"] = {**fp32["stats"], "median": 0.02}
+    bf16["extra_info"]["precision"] = "bf16"
+    record["runs"].append(record["runs"][0])
+    record["rows"] = speed.reduce_rows([bf16], 0) + speed.reduce_rows([fp32], 0)
+    assert "| 2.00 | " in line_of(summary(record), "block inference | s, 32 px | bf16")
+    record["rows"][1]["run"] = 1
+    assert "| 2.00 | " not in line_of(summary(record), "block inference | s, 32 px | bf16")
+
+
+def test_spreads_are_shown_as_what_they_are(record):
+    record["rows"][0]["times"]["rounds"] = 1
+    record["rows"].append(
+        {**record["rows"][4], "name": "m", "mebibytes": 2.0, "extremes": [1.5, 2.25]}
+        | {"item": "memory", "what": "train", "baseline_mebibytes": {}, "ratio": 1.0}
+    )
+    text = details(record)
+    assert "| once |" in text
+    assert "| 1.5 to 2.25 MiB |" in text
 
 
 def test_only_what_stands_between_the_markers_changes():

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -13,6 +14,7 @@
 #include "block.hpp"
 #include "isa.hpp"
 #include "memory.hpp"
+#include "packed.hpp"
 
 namespace py = pybind11;
 using namespace fastshift::cpu;
@@ -41,10 +43,11 @@ Block make_block(const std::vector<UnitTuple>& units, int main_units, const std:
   for (const auto& [depthwise, in, out, kernel, stride, relu] : units) {
     made.push_back({depthwise, in, out, kernel, stride, relu});
   }
-  const Frame kind = frame == "residual"  ? Frame::residual
-                     : frame == "shuffle" ? Frame::shuffle
-                                          : Frame::plain;
-  return Block(std::move(made), main_units, kind, in_channels, out_channels);
+  const std::map<std::string, Frame> frames{
+      {"plain", Frame::plain}, {"residual", Frame::residual}, {"shuffle", Frame::shuffle}};
+  const auto kind = frames.find(frame);
+  if (kind == frames.end()) throw std::invalid_argument("frame: '" + frame + "' is not built in");
+  return Block(std::move(made), main_units, kind->second, in_channels, out_channels);
 }
 
 void expect(std::size_t got, std::size_t wanted, const char* what) {
@@ -62,6 +65,11 @@ std::vector<Weights> weights_of(const Block& block, const std::vector<Address>& 
                      eps[i]});
   }
   return found;
+}
+
+PackedWeights* packed_of(const Block& block, PackedWeights* packed) {
+  if (packed && !packed->is_of(block)) throw std::invalid_argument("packed: of another block");
+  return packed;
 }
 
 // Floats that go back to the pool with the array.
@@ -108,22 +116,26 @@ PYBIND11_MODULE(_cpu, m) {
       .def("forward",
            [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
               const std::vector<Address>& parameters, const std::vector<double>& eps,
-              Address saved, Address statistics, Address y, int threads, bool bf16) {
+              Address saved, Address statistics, Address y, int threads, bool bf16,
+              PackedWeights* given) {
              const Kernels& kernels = kernels_of(isa);
+             PackedWeights* packed = packed_of(block, given);
              const auto weights = weights_of(block, parameters, eps);
              const py::gil_scoped_release release;
              block.forward(kernels, images_of(images, bf16), at(x), weights, at(saved), at(statistics),
-                           at(y), threads);
+                           at(y), threads, packed);
            },
            py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
            py::arg("saved"), py::arg("statistics"), py::arg("y"), py::arg("threads"),
-           py::arg("bf16") = false)
+           py::arg("bf16") = false, py::arg("packed") = nullptr)
       .def("backward",
            [](const Block& block, const std::string& isa, const ImagesTuple& images, Address x,
               const std::vector<Address>& parameters, const std::vector<double>& eps,
               Address saved, Address statistics, Address dy, Address dx,
-              const std::vector<Address>& gradients, int threads, bool bf16) {
+              const std::vector<Address>& gradients, int threads, bool bf16,
+              PackedWeights* given, bool add) {
              const Kernels& kernels = kernels_of(isa);
+             PackedWeights* packed = packed_of(block, given);
              const auto weights = weights_of(block, parameters, eps);
              expect(gradients.size(), 3 * weights.size(), "gradients");
              std::vector<Gradients> to;
@@ -133,16 +145,18 @@ PYBIND11_MODULE(_cpu, m) {
              }
              const py::gil_scoped_release release;
              block.backward(kernels, images_of(images, bf16), at(x), weights, at(saved), at(statistics),
-                            at(dy), at(dx), to, threads);
+                            at(dy), at(dx), to, add, threads, packed);
            },
            py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
            py::arg("saved"), py::arg("statistics"), py::arg("dy"), py::arg("dx"),
-           py::arg("gradients"), py::arg("threads"), py::arg("bf16") = false)
+           py::arg("gradients"), py::arg("threads"), py::arg("bf16") = false,
+           py::arg("packed") = nullptr, py::arg("add") = false)
       .def("infer", [](const Block& block, const std::string& isa, const ImagesTuple& images,
                        Address x, const std::vector<Address>& parameters,
                        const std::vector<double>& eps, const std::vector<Address>& moments,
-                       Address y, bool pooled, int threads, bool bf16) {
+                       Address y, bool pooled, int threads, bool bf16, PackedWeights* given) {
         const Kernels& kernels = kernels_of(isa);
+        PackedWeights* packed = packed_of(block, given);
         const auto weights = weights_of(block, parameters, eps);
         expect(moments.size(), 2 * weights.size(), "moments");
         std::vector<Moments> fixed;
@@ -151,8 +165,13 @@ PYBIND11_MODULE(_cpu, m) {
         }
         const py::gil_scoped_release release;
         block.infer(kernels, images_of(images, bf16), at(x), weights, fixed, at(y), pooled,
-                    threads);
+                    threads, packed);
       }, py::arg("isa"), py::arg("images"), py::arg("x"), py::arg("parameters"), py::arg("eps"),
            py::arg("moments"), py::arg("y"), py::arg("pooled"), py::arg("threads"),
-           py::arg("bf16") = false);
+           py::arg("bf16") = false, py::arg("packed") = nullptr);
+  py::class_<PackedWeights>(
+      m, "PackedWeights",
+      "A block's weights as the kernels read them: packed at first use, for the calls that get this.\n\n"
+      "For one thread at a time, and for as long as no weight changes.")
+      .def(py::init<const Block&>(), py::arg("block"), py::keep_alive<1, 2>());
 }

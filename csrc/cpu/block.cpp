@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "packed.hpp"
 #include "parts.hpp"
 
 namespace fastshift::cpu {
@@ -12,7 +13,7 @@ namespace {
 
 // Hidden rows that inference holds at a time, within the second-level cache unless one image has
 // more; and positions that a product still runs well with.
-constexpr int64_t kTileFloats = 96 * 1024, kTilePositions = 96;
+constexpr int64_t kTileBytes = 384 * 1024, kTilePositions = 96;
 
 // Group moments, merged in order (Chan, Golub and LeVeque 1979), to a unit's statistics.
 void finish_statistics(const double* sums, int groups, const std::vector<int64_t>& counts,
@@ -115,8 +116,10 @@ Block::Chain Block::shortcut_chain() const {
 
 void Block::forward(const Kernels& kernels, const Images& images, const void* x,
                     const std::vector<Weights>& weights, void* saved, float* statistics,
-                    void* y, int threads) const {
+                    void* y, int threads, PackedWeights* packed) const {
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
+  PackedWeights own_packed(*this);
+  if (!packed) packed = &own_packed;
   const Element element = images.element;
   const std::vector<Place> place = places(images);
   // Where nothing is kept, a unit's rows are let go when the next has read them.
@@ -136,7 +139,8 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
         work[index % 2].reset((place[index + 1].saved - place[index].saved) * size_of(element));
       }
       void* raw = saved ? after(saved, place[index].saved, element) : work[index % 2].data();
-      const float* packed = packed_weight(kernels, unit, weights[index].weight, true, element);
+      const float* weight =
+          packed->get(kernels, unit, index, weights[index].weight, true, element);
       double* sums = scratch_memory<double>(kSums, groups * 3 * channels);
       std::fill(sums, sums + groups * 3 * channels, 0.0);
       std::vector<int64_t> counts(groups);
@@ -148,7 +152,7 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
         task.stop_image = group_start(group + 1, groups, images.count);
         task.x = source;
         task.prologue = prologue;
-        task.weight = packed;
+        task.weight = weight;
         task.y = {raw, channels, 1};
         task.sums = sums + group * 3 * channels;
         counts[group] = (task.stop_image - task.first_image) * height * width;
@@ -184,12 +188,13 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
 
 void Block::infer(const Kernels& kernels, const Images& images, const void* x,
                   const std::vector<Weights>& weights, const std::vector<Moments>& moments,
-                  void* y, bool pooled, int threads) const {
+                  void* y, bool pooled, int threads, PackedWeights* packed) const {
   if (images.count == 0) return;
+  PackedWeights own_packed(*this);
+  if (!packed) packed = &own_packed;
   const Element element = images.element;
   // Hidden rows of a few images at a time, so that they stay in cache from unit to unit.
   std::vector<Geometry> geometry(num_units());
-  std::vector<int64_t> packed_at(num_units() + 1, 0);
   int64_t hidden = 1, scratch = 0, out_positions = 0;
   for (const Chain& chain : {main_chain(), shortcut_chain()}) {
     int64_t height = images.height, width = images.width;
@@ -203,13 +208,10 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
       scratch = std::max(scratch, kernels.scratch(g, unit.depthwise));
     }
   }
+  std::vector<const float*> weight(num_units());
   for (int64_t index = 0; index < num_units(); ++index) {
-    packed_at[index + 1] = packed_at[index] + round_to_line(packed_floats(kernels, units_[index], element));
-  }
-  float* packed = scratch_memory<float>(kPacked, packed_at.back());
-  for (int64_t index = 0; index < num_units(); ++index) {
-    pack_weight(kernels, units_[index], weights[index].weight, true, element,
-                packed + packed_at[index]);
+    weight[index] =
+        packed->get(kernels, units_[index], index, weights[index].weight, true, element);
   }
   int64_t norm_floats = 0;
   for (const Unit& unit : units_) norm_floats += 2 * unit.out_channels;
@@ -224,7 +226,7 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
   // Tiles enough for some threads, where images are small.
   const int64_t few = std::max((images.count + 15) / 16, kTilePositions / out_positions + 1);
   const int64_t tile =
-      std::clamp<int64_t>(std::min(kTileFloats / (2 * hidden), few), 1, images.count);
+      std::clamp<int64_t>(std::min(kTileBytes / (2 * hidden * size_of(element)), few), 1, images.count);
   const int tiles = static_cast<int>((images.count + tile - 1) / tile);
   const int64_t positions = images.height * images.width;
   const bool aside = num_units() > main_units_ && frame_ == Frame::residual;
@@ -233,8 +235,9 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     const void* from = after(x, first * positions * in_channels_, element);
     void* to = after(y, first * (pooled ? 1 : out_positions) * out_channels_,
                      pooled ? kFloat32 : element);
-    float* work = scratch_memory<float>(kHidden, 2 * round_to_line(count * hidden));
-    float* const buffers[2] = {work, work + round_to_line(count * hidden)};
+    const int64_t half = (count * hidden * size_of(element) + 63) / 64 * 64;
+    char* work = scratch_memory<char>(kHidden, 2 * half);
+    char* const buffers[2] = {work, work + half};
     float* memory = scratch_memory<float>(kScratch, scratch);
     const auto run = [&](const Chain& chain, Source residual, void* target) {
       Source source{after(from, chain.x_offset, element), in_channels_, chain.x_step};
@@ -245,7 +248,7 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
         task.geometry = geometry[i];
         task.stop_image = count;
         task.x = source;
-        task.weight = packed + packed_at[i];
+        task.weight = weight[i];
         task.y = last ? Target{after(target, chain.y_offset, element), out_channels_, 1}
                       : Target{buffers[i % 2], unit.out_channels, 1};
         task.epilogue = affine[i];
@@ -258,8 +261,11 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     Source residual{nullptr, 0, 1};
     if (num_units() > main_units_) {
       // A product overwrites its rows before the residual is added, so that has rows of its own.
-      void* shortcut = aside ? scratch_memory<float>(kShortcut, count * out_positions * out_channels_)
-                              : to;
+      void* shortcut = to;
+      if (aside) {
+        shortcut = scratch_memory<char>(
+            kShortcut, count * out_positions * out_channels_ * size_of(element));
+      }
       run(shortcut_chain(), residual, shortcut);
       if (aside) residual = {shortcut, out_channels_, 1};
     } else if (frame_ == Frame::residual) {

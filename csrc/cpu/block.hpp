@@ -32,13 +32,15 @@ struct Weights {
 };
 
 struct Gradients {
-  float *weight, *gamma, *beta;  // overwritten; gamma and beta may be null
+  float *weight, *gamma, *beta;  // gamma and beta may be null
 };
 
 // Of one unit's batch norm: the statistics that inference normalises by.
 struct Moments {
   const float *mean, *variance;
 };
+
+class PackedWeights;
 
 class Block {
  public:
@@ -54,19 +56,21 @@ class Block {
   // over the standard deviation.
   int64_t statistics_floats() const;
 
+  // `packed`: of this block and these weights, filled where it is not; null: packed for this call.
+
   // Each batch norm normalises by the moments of these images. `saved` null: no backward follows.
   void forward(const Kernels& kernels, const Images& images, const void* x,
                const std::vector<Weights>& weights, void* saved, float* statistics, void* y,
-               int threads) const;
-  // dx may be null.
+               int threads, PackedWeights* packed) const;
+  // dx may be null. `add`: to the gradients that are there, which are overwritten otherwise.
   void backward(const Kernels& kernels, const Images& images, const void* x,
                 const std::vector<Weights>& weights, const void* saved, const float* statistics,
                 const void* dy, void* dx, const std::vector<Gradients>& gradients,
-                int threads) const;
+                bool add, int threads, PackedWeights* packed) const;
   // `pooled`: y is [images][out] in float32, the means over the positions; the last unit is not depthwise.
   void infer(const Kernels& kernels, const Images& images, const void* x,
              const std::vector<Weights>& weights, const std::vector<Moments>& moments, void* y,
-             bool pooled, int threads) const;
+             bool pooled, int threads, PackedWeights* packed) const;
 
  private:
   class Pass;  // backward

@@ -2,14 +2,33 @@
 #include <stdexcept>
 #include <utility>
 
+#include "packed.hpp"
 #include "parts.hpp"
 
 namespace fastshift::cpu {
 namespace {
 
 // Sums of groups, `size` values each, into the first, in order.
-void merge(const Kernels& kernels, float* partial, int groups, int64_t size) {
-  for (int group = 1; group < groups; ++group) kernels.add(partial + group * size, size, partial);
+void merge(const Kernels& kernels, float* partial, int groups, int64_t size, int threads) {
+  constexpr int64_t kSlice = 8 * 1024;
+  parallel(static_cast<int>((size + kSlice - 1) / kSlice), threads, [&](int slice) {
+    float* to = partial + slice * kSlice;
+    const int64_t count = std::min(kSlice, size - slice * kSlice);
+    for (int group = 1; group < groups; ++group) kernels.add(to + group * size, count, to);
+  });
+}
+
+// `kernels.outer` in slices of whole tiles of its rows.
+void outer(const Kernels& kernels, int64_t rows, int64_t m, int64_t n, const float* left,
+           int64_t left_row, const float* right, int64_t right_row, float* to, int64_t to_row,
+           int threads) {
+  constexpr int64_t kTiles = 48;
+  const int64_t slice = ((m + threads - 1) / threads + kTiles - 1) / kTiles * kTiles;
+  parallel(static_cast<int>((m + slice - 1) / slice), threads, [&](int index) {
+    const int64_t first = index * slice;
+    kernels.outer(rows, std::min(slice, m - first), n, left + first, left_row, right, right_row,
+                  to + first * to_row, to_row);
+  });
 }
 
 std::vector<double> merged(const double* sums, int groups, int64_t size) {
@@ -27,15 +46,26 @@ T* zeros(Role role, int64_t count) {
   return found;
 }
 
+// A gradient's value; `add`: one more term of it, rounded before it is added.
+inline void put(float* to, float value, bool add) { *to = add ? *to + value : value; }
+
 // The kernels keep the channels innermost, PyTorch the taps.
-void write_weight_gradient(const Unit& unit, const float* from, float* to) {
+void write_weight_gradient(const Kernels& kernels, const Unit& unit, const float* from, float* to,
+                           bool add) {
   const int64_t size = weight_size(unit), in = unit.in_channels;
   const int64_t taps = int64_t{unit.kernel} * unit.kernel, owners = size / (in * taps);
-  if (taps == 1) std::copy(from, from + size, to);
-  for (int64_t o = 0; taps > 1 && o < owners; ++o) {
+  if (taps == 1) {
+    if (add) {
+      kernels.add(from, size, to);
+    } else {
+      std::copy(from, from + size, to);
+    }
+    return;
+  }
+  for (int64_t o = 0; o < owners; ++o) {
     for (int64_t c = 0; c < in; ++c) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        to[(o * in + c) * taps + tap] = from[(o * taps + tap) * in + c];
+        put(to + (o * in + c) * taps + tap, from[(o * taps + tap) * in + c], add);
       }
     }
   }
@@ -57,7 +87,8 @@ class Block::Pass {
  public:
   Pass(const Block& block, const Kernels& kernels, const Images& images, const void* x,
        const std::vector<Weights>& weights, const void* saved, const float* statistics,
-       const void* dy, void* dx, const std::vector<Gradients>& gradients, int threads)
+       const void* dy, void* dx, const std::vector<Gradients>& gradients, bool add, int threads,
+       PackedWeights& packed)
       : block_(block),
         units_(block.units_),
         kernels_(kernels),
@@ -70,7 +101,9 @@ class Block::Pass {
         dy_(dy),
         dx_(dx),
         gradients_(gradients),
+        add_(add),
         threads_(threads),
+        packed_(packed),
         place_(block.places(images)) {}
 
   void run(const Chain& chain, Source add) {
@@ -99,6 +132,10 @@ class Block::Pass {
   const float* statistics(int index) const { return statistics_ + place_[index].statistics; }
   Source raw(int index) const {
     return {after(saved_, place_[index].saved, element_), units_[index].out_channels, 1};
+  }
+  // Weights for the gradient of what a unit reads.
+  const float* packed(int index) {
+    return packed_.get(kernels_, units_[index], index, weights_[index].weight, false, element_);
   }
   int64_t positions(int index) const {
     return geometry_[index].out_height * geometry_[index].out_width;
@@ -137,8 +174,9 @@ class Block::Pass {
       const double correlation = totals_[out + c] * inverse;
       slope_[c] = static_cast<float>(-scale * inverse * correlation / count);
       offset_[c] = static_cast<float>(-scale * totals_[c] / count);
-      if (gradients_[index].gamma) gradients_[index].gamma[c] = static_cast<float>(correlation);
-      if (gradients_[index].beta) gradients_[index].beta[c] = static_cast<float>(totals_[c]);
+      const Gradients& to = gradients_[index];
+      if (to.gamma) put(to.gamma + c, static_cast<float>(correlation), add_);
+      if (to.beta) put(to.beta + c, static_cast<float>(totals_[c]), add_);
     }
   }
 
@@ -190,13 +228,11 @@ class Block::Pass {
     const Unit& unit = units_[index];
     const int64_t in = unit.in_channels, size = weight_size(unit);
     const int groups = group_count(unit, images_, geometry_[index]);
-    const float* packed =
-        packed_weight(kernels_, unit, weights_[index].weight, false, element_);
     float* partial = scratch_memory<float>(kPartial, groups * size);
     double* sums = zeros<double>(kSums, groups * 2 * in);
     const int64_t scratch = kernels_.scratch(geometry_[index], unit.depthwise);
     Backward common = task_of(chain, index);
-    common.weight = packed;
+    common.weight = packed(index);
     common.dx = target_of(chain, index);
     parallel(groups, threads_, [&](int group) {
       Backward task = common;
@@ -208,8 +244,8 @@ class Block::Pass {
       (unit.depthwise ? kernels_.depthwise_backward : kernels_.product_backward)[element_](task,
                                                                                           memory);
     });
-    merge(kernels_, partial, groups, size);
-    write_weight_gradient(unit, partial, gradients_[index].weight);
+    merge(kernels_, partial, groups, size, threads_);
+    write_weight_gradient(kernels_, unit, partial, gradients_[index].weight, add_);
     totals_ = merged(sums, groups, 2 * in);
     gradient_ = {common.dx.data, in, 1};
   }
@@ -224,11 +260,6 @@ class Block::Pass {
     const int groups = std::min(group_count(unit, images_, geometry_[index]),
                                 group_count(before, images_, shape));
     const bool wanted = index - 1 > chain.first || dx_;
-    float* packed = scratch_memory<float>(kPacked, packed_floats(kernels_, unit, element_) + 16 +
-                                                       packed_floats(kernels_, before, element_));
-    float* packed_before = packed + round_to_line(packed_floats(kernels_, unit, element_));
-    pack_weight(kernels_, unit, weights_[index].weight, false, element_, packed);
-    pack_weight(kernels_, before, weights_[index - 1].weight, false, element_, packed_before);
     float* partial = scratch_memory<float>(kPartial, groups * (size + size_before + in * in));
     float* partial_before = partial + groups * size;
     float* squares = partial_before + groups * size_before;
@@ -242,12 +273,12 @@ class Block::Pass {
     std::vector<float> centre(in);
     kernels_.centre[element_](shape, along.x, along.prologue, centre.data());
     along.centre = centre.data();
-    along.weight = packed_before;
+    along.weight = packed(index - 1);
     along.gain = statistics(index - 1) + 2 * hidden;
     along.dx = wanted ? static_cast<float*>(partial_dx.data()) : nullptr;
     const int64_t scratch = kernels_.expanding_scratch(geometry_[index], shape);
     Backward common = task_of(chain, index);
-    common.weight = packed;
+    common.weight = packed(index);
     parallel(groups, threads_, [&](int group) {
       Expanding own = along;
       own.dweight = partial_before + group * size_before;
@@ -261,10 +292,10 @@ class Block::Pass {
       task.dweight = partial + group * size;
       kernels_.depthwise_backward[element_](task, scratch_memory<float>(kScratch, scratch));
     });
-    merge(kernels_, partial, groups, size);
-    merge(kernels_, partial_before, groups, size_before);
-    merge(kernels_, squares, groups, in * in);
-    write_weight_gradient(unit, partial, gradients_[index].weight);
+    merge(kernels_, partial, groups, size, threads_);
+    merge(kernels_, partial_before, groups, size_before, threads_);
+    merge(kernels_, squares, groups, in * in, threads_);
+    write_weight_gradient(kernels_, unit, partial, gradients_[index].weight, add_);
     totals_ = merged(sums, groups, 2 * hidden);
     const std::vector<double> centred = merged(centre_sums, groups, in);
     finish_norm(index - 1);
@@ -290,12 +321,14 @@ class Block::Pass {
     for (int64_t o = 0; o < out; ++o) {
       for (int64_t c = 0; c < in; ++c) columns[c * out + o] = weight[o * in + c];
     }
-    kernels_.outer(in, out, in, columns.data(), out, squares, in, along.data(), in);
+    outer(kernels_, in, out, in, columns.data(), out, squares, in, along.data(), in, threads_);
     for (int64_t o = 0; o < out; ++o) {
       for (int64_t c = 0; c < in; ++c) {
         const int64_t at = o * in + c;
-        gradients_[index].weight[at] = static_cast<float>(
-            partial[at] + slope_[o] * static_cast<double>(along[at]) + offset_[o] * centred[c]);
+        put(gradients_[index].weight + at,
+            static_cast<float>(partial[at] + slope_[o] * static_cast<double>(along[at]) +
+                               offset_[o] * centred[c]),
+            add_);
       }
     }
   }
@@ -315,7 +348,7 @@ class Block::Pass {
         moved[c] += static_cast<double>(offset_[o]) * weight[o * in + c];
       }
     }
-    kernels_.outer(out, in, in, sloped.data(), in, weight, in, matrix.data(), in);
+    outer(kernels_, out, in, in, sloped.data(), in, weight, in, matrix.data(), in, threads_);
     for (int64_t c = 0; c < in; ++c) {
       for (int64_t k = 0; k < in; ++k) moved[c] -= matrix[c * in + k] * centred[k] * share;
       constant[c] = static_cast<float>(moved[c]);
@@ -355,7 +388,9 @@ class Block::Pass {
   const void* const dy_;
   void* const dx_;
   const std::vector<Gradients>& gradients_;
+  const bool add_;
   const int threads_;
+  PackedWeights& packed_;
   const std::vector<Place> place_;
   std::vector<Geometry> geometry_;
   Work work_[2];
@@ -368,15 +403,18 @@ class Block::Pass {
 void Block::backward(const Kernels& kernels, const Images& images, const void* x,
                      const std::vector<Weights>& weights, const void* saved,
                      const float* statistics, const void* dy, void* dx,
-                     const std::vector<Gradients>& gradients, int threads) const {
+                     const std::vector<Gradients>& gradients, bool add, int threads,
+                     PackedWeights* packed) const {
   if (images.count == 0) throw std::invalid_argument("images: none to train on");
-  Pass pass(*this, kernels, images, x, weights, saved, statistics, dy, dx, gradients, threads);
-  Source add{nullptr, 0, 1};
+  PackedWeights own_packed(*this);
+  Pass pass(*this, kernels, images, x, weights, saved, statistics, dy, dx, gradients, add, threads,
+            packed ? *packed : own_packed);
+  Source term{nullptr, 0, 1};
   if (num_units() > main_units_) {
-    pass.run(shortcut_chain(), add);
-    if (dx) add = {dx, in_channels_, 1};
+    pass.run(shortcut_chain(), term);
+    if (dx) term = {dx, in_channels_, 1};
   } else if (dx && frame_ == Frame::residual) {
-    add = {dy, out_channels_, 1};
+    term = {dy, out_channels_, 1};
   } else if (dx && frame_ == Frame::shuffle) {
     parallel_rows(images.count, images.height * images.width, threads,
                   [&](int64_t first, int64_t stop) {
@@ -385,7 +423,7 @@ void Block::backward(const Kernels& kernels, const Images& images, const void* x
                          {nullptr, nullptr, false}, {nullptr, 0, 1}, {dx, in_channels_, 2}});
                   });
   }
-  pass.run(main_chain(), add);
+  pass.run(main_chain(), term);
 }
 
 }  // namespace fastshift::cpu

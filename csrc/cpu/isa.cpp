@@ -113,7 +113,7 @@ std::vector<Level> levels() {
   found.push_back({"avx2", without_avx2(), kernels_avx2()});
 #else
   for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2"}) {
-    #if defined(__x86_64__)
+#if defined(__x86_64__)
     found.push_back({name, "the compiler of this build lacks it", nullptr});
 #else
     found.push_back({name, "this machine is not an x86-64", nullptr});

@@ -1,5 +1,6 @@
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 11
 #include <immintrin.h>
+
 #include <cstdint>
 
 #include "kernels.hpp"
@@ -8,21 +9,7 @@
 #define FS_LANES 16
 #define FS_BF16
 #define FS_PAIRS
-
-namespace fastshift::cpu {
-namespace {
-#include "vector.hpp"
-#include "gemm.hpp"
-#include "rows.hpp"
-#include "pairs.hpp"
-#include "epilogues.hpp"
-#include "product.hpp"
-#include "expanding.hpp"
-#include "depthwise.hpp"
-#include "table.hpp"
-}  // namespace
-
-const Kernels* kernels_avx512_bf16() { return &kTable; }
-}  // namespace fastshift::cpu
+#define FS_TABLE kernels_avx512_bf16
+#include "kernels_body.hpp"
 
 #endif

@@ -1,5 +1,6 @@
 #if defined(FS_EMULATE) && defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
+
 #include <cstdint>
 
 #include "kernels.hpp"
@@ -9,21 +10,7 @@
 #define FS_PAIRS
 #define FS_AMX
 #define FS_EMULATED
-
-namespace fastshift::cpu {
-namespace {
-#include "vector.hpp"
-#include "gemm.hpp"
-#include "rows.hpp"
-#include "pairs.hpp"
-#include "epilogues.hpp"
-#include "product.hpp"
-#include "expanding.hpp"
-#include "depthwise.hpp"
-#include "table.hpp"
-}  // namespace
-
-const Kernels* kernels_emulated_amx() { return &kTable; }
-}  // namespace fastshift::cpu
+#define FS_TABLE kernels_emulated_amx
+#include "kernels_body.hpp"
 
 #endif

@@ -80,6 +80,10 @@ class Memory {
     } else {
       while (!kept_.empty() && use_.in_use + use_.kept + size > use_.peak) drop_largest();
       data = new_buffer(size);
+      if (!data && !kept_.empty()) {
+        while (!kept_.empty()) drop_largest();
+        data = new_buffer(size);
+      }
       if (!data) throw std::bad_alloc();
     }
     taken_[data] = size;

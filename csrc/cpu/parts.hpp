@@ -5,7 +5,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include "block.hpp"
 #include "memory.hpp"
@@ -16,20 +19,33 @@ namespace fastshift::cpu {
 // Grows, and is aligned for any vector.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
   template <class T>
   T* get(int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    if (bytes > size_) {
+    std::size_t bytes = std::max<std::size_t>(static_cast<std::size_t>(count) * sizeof(T), 1);
+    if (kGrows) bytes = (bytes + 127) / 64 * 64;
+    if (kGrows ? bytes > size_ : bytes != size_) {
       std::free(data_);
       data_ = nullptr;
       size_ = 0;
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
+      if (posix_memalign(&data_, 64, bytes) != 0) {
+        data_ = nullptr;
+        throw std::bad_alloc();
+      }
       size_ = bytes;
     }
     return static_cast<T*>(data_);
   }
+  std::size_t size() const { return size_; }
+
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr bool kGrows = false;  // of the size asked for, so that use beyond it shows
+#else
+  static constexpr bool kGrows = true;
+#endif
 
  private:
   void* data_ = nullptr;
@@ -44,6 +60,41 @@ T* scratch_memory(Role role, int64_t count) {
   static thread_local Buffer buffers[kRoles];
   return buffers[role].get<T>(count);
 }
+
+// Buffers that a thread lends out and takes back: memory fresh from the system costs a page fault a
+// page. What they hold together stays small.
+class Spare {
+ public:
+  // One that holds `bytes` if there is one, the smallest of those.
+  std::unique_ptr<Buffer> take(std::size_t bytes) {
+    auto best = kept_.end();
+    for (auto it = kept_.begin(); it != kept_.end(); ++it) {
+      const std::size_t size = (*it)->size();
+      if (size >= bytes && (best == kept_.end() || size < (*best)->size())) best = it;
+    }
+    if (best == kept_.end()) return std::make_unique<Buffer>();
+    std::unique_ptr<Buffer> found = std::move(*best);
+    total_ -= found->size();
+    kept_.erase(best);
+    return found;
+  }
+
+  void give(std::unique_ptr<Buffer> buffer) {
+    if (!Buffer::kGrows || total_ + buffer->size() > kMost) return;
+    total_ += buffer->size();
+    kept_.push_back(std::move(buffer));
+  }
+
+  static Spare& of_thread() {
+    static thread_local Spare spare;
+    return spare;
+  }
+
+ private:
+  static constexpr std::size_t kMost = std::size_t{16} << 20;
+  std::vector<std::unique_ptr<Buffer>> kept_;
+  std::size_t total_ = 0;
+};
 
 // Large memory of one call.
 class Work {

@@ -77,16 +77,21 @@ class Pool {
 };
 
 // Never destroyed: its threads sleep until the process ends, and are not there in a forked child.
+// No lock: one that another thread held while this process forked would stay taken.
 Pool& pool() {
-  static std::mutex mutex;
-  static Pool* instance = nullptr;
-  static pid_t owner = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (owner != getpid()) {
-    instance = new Pool;
-    owner = getpid();
+  struct Owned {
+    pid_t owner;
+    Pool pool;
+  };
+  static std::atomic<Owned*> instance{nullptr};
+  Owned* found = instance.load();
+  const pid_t self = getpid();
+  while (!found || found->owner != self) {
+    Owned* const made = new Owned{self, {}};
+    if (instance.compare_exchange_strong(found, made)) return made->pool;
+    delete made;  // of another thread: it has no workers yet
   }
-  return *instance;
+  return found->pool;
 }
 
 }  // namespace

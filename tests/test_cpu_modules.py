@@ -1,0 +1,244 @@
+"""Which modules the compiled CPU kernels take, and which they leave to PyTorch's own ops."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
+
+from fastshift import cpu
+from fastshift.layers import ConvUnit, HeadModule, OpModule
+from fastshift.ops import Frame, Head, Op, Unit
+from fastshift.testing import randomise
+
+
+def _chain(c):
+    units = (
+        Unit("pointwise", c, c + 3, stride=2),
+        Unit("pointwise", c + 3, 2 * c, activation=None),
+        Unit("depthwise", 2 * c, 2 * c, 5),
+    )
+    return Op("chain", c, 2 * c, 2, units)
+
+
+def _module():
+    torch.manual_seed(0)
+    return randomise(OpModule(_chain(6)))
+
+
+def _rows():
+    return torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def _shuffles():
+    aside = (Unit("depthwise", 6, 6, 3, 2, activation=None), Unit("pointwise", 6, 6))
+    units = (Unit("pointwise", 6, 6), Unit("depthwise", 6, 6, 3, 2, activation=None))
+    op = Op("shuffles", 6, 12, 2, units, Frame("shuffle", aside))
+    return randomise(OpModule(op))
+
+
+def test_where_pytorchs_ops_run(monkeypatch):
+    module, x = _module(), _rows()
+    assert isinstance(cpu.block_of(module, x), cpu.CpuBlock)
+    assert cpu.block_of(module, x.double()) is None
+    assert cpu.block_of(module, x.bfloat16()) is None
+    assert cpu.block_of(module, x.to("meta")) is None
+    assert cpu.block_of(copy.deepcopy(module).to("meta"), x) is None
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert cpu.block_of(module, x) is None
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
+    assert cpu.block_of(module, x) is None
+    for name in ("cpu", ""):
+        monkeypatch.setenv("FASTSHIFT_BACKEND", name)
+        assert cpu.block_of(module, x) is not None
+    assert cpu.block_of(nn.Conv2d(6, 6, 1), x) is None
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m.get_submodule("1.norm").register_forward_hook(lambda *_: None),
+        lambda m: m.get_submodule("1").register_forward_pre_hook(lambda *_: None),
+        lambda m: m.register_full_backward_hook(lambda *_: None),
+        lambda m: register_module_forward_hook(lambda *_: None),
+    ],
+    ids=["norm", "unit", "gradient", "every module"],
+)
+def test_a_hooked_module_is_called(register):
+    module, x = _module(), _rows()
+    handle = register(module)
+    try:
+        assert cpu.block_of(module, x) is None
+    finally:
+        handle.remove()
+    assert cpu.block_of(module, x) is not None
+
+
+class _Negates(ConvUnit):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def _own_forward(module):
+    module.forward = lambda x: x
+
+
+def _own_unit_forward(module):
+    _own_forward(module.get_submodule("0"))
+
+
+def _own_norm_forward(module):
+    _own_forward(module.get_submodule("0.norm"))
+
+
+def _subclass(module):
+    module.get_submodule("0").__class__ = _Negates
+
+
+def _compiled(module):
+    module.get_submodule("0").compile(backend="eager")
+
+
+def _no_unit(module):
+    module._modules["1"] = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_own_forward, _own_unit_forward, _own_norm_forward, _subclass, _compiled, _no_unit],
+    ids=lambda change: change.__name__[1:],
+)
+def test_what_runs_other_than_its_class_says_is_called(change):
+    module, x = _module(), _rows()
+    assert cpu.block_of(module, x) is not None
+    change(module)
+    assert cpu.block_of(module, x) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dilation", (2, 2)),
+        ("padding", (0, 0)),
+        ("padding_mode", "reflect"),
+        ("kernel_size", (1, 3)),
+        ("stride", (2, 1)),
+        ("groups", 3),
+        ("bias", nn.Parameter(torch.zeros(12))),
+    ],
+)
+def test_a_changed_convolution_is_pytorchs(name, value):
+    module, x = _module(), _rows()
+    assert cpu.block_of(module, x) is not None
+    setattr(module.get_submodule("2"), name, value)
+    assert cpu.block_of(module, x) is None
+
+
+def test_a_norm_in_another_type_is_pytorchs():
+    module, x = _module(), _rows()
+    assert cpu.block_of(module, x) is not None
+    module.get_submodule("0.norm").double()
+    assert cpu.block_of(module, x) is None
+
+
+def _by_kernels(module, x):
+    block = cpu.block_of(module, x)
+    assert block is not None
+    return block.train(x)[0]
+
+
+def test_an_activation_that_is_taken_away_is_not_applied():
+    module, x = _module(), _rows()
+    _by_kernels(module, x)
+    module.get_submodule("2").activation = None
+    found = _by_kernels(module, x)
+    assert found.min() < 0
+    torch.testing.assert_close(found, copy.deepcopy(module)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frame_that_is_changed_is_the_one_that_runs():
+    module, x = _shuffles(), _rows()
+    shuffled = _by_kernels(module, x)
+    module.frame = "residual"
+    found = _by_kernels(module, x)
+    assert found.shape != shuffled.shape
+    torch.testing.assert_close(found, copy.deepcopy(module)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_replaced_unit_is_the_one_that_runs():
+    module, x = _module(), _rows()
+    _by_kernels(module, x)
+    module._modules["0"] = copy.deepcopy(module._modules["0"])
+    with torch.no_grad():
+        module._modules["0"].weight.neg_()
+    found = _by_kernels(module, x)
+    torch.testing.assert_close(found, copy.deepcopy(module)(x), rtol=1e-4, atol=1e-4)
+
+
+class _Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_computed_weight_is_what_runs():
+    module, x = _module(), _rows()
+    parametrize.register_parametrization(module.get_submodule("1"), "weight", _Twice())
+    found = _by_kernels(module, x)
+    torch.testing.assert_close(found, copy.deepcopy(module)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_whose_unit_changes_changes():
+    head, x = randomise(HeadModule(Head(6, (Unit("pointwise", 6, 8),), 3))), _rows()
+    _by_kernels(head, x)
+    head.features.get_submodule("0").activation = None
+    found = _by_kernels(head, x)
+    torch.testing.assert_close(found, copy.deepcopy(head)(x), rtol=1e-4, atol=1e-4)
+
+
+def _moments(module):
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    return [(norm.running_mean, norm.running_var) for norm in norms]
+
+
+@torch.no_grad()
+def test_moments_of_any_memory_and_type_are_read_as_they_are():
+    module, x = _module().eval(), _rows()
+    block = cpu.block_of(module, x)
+    fixed = _moments(module)
+    wanted = block.infer(x, fixed)
+    spread = [tuple(torch.stack((m, m), 1)[:, 0] for m in pair) for pair in fixed]
+    assert torch.equal(block.infer(x, spread), wanted)
+    assert torch.equal(block.infer(x, [(m.double(), v.double()) for m, v in fixed]), wanted)
+    ones = [(m, torch.ones(1).expand_as(v)) for m, v in fixed]
+    assert torch.equal(
+        block.infer(x, ones), block.infer(x, [(m, torch.ones_like(v)) for m, v in fixed])
+    )
+
+
+@torch.no_grad()
+def test_moments_that_do_not_fit_are_refused():
+    module, x = _module().eval(), _rows()
+    block = cpu.block_of(module, x)
+    fixed = _moments(module)
+    for wrong in (
+        fixed[:-1],
+        [(m[:-1], v) for m, v in fixed],
+        [(m, v.to("meta")) for m, v in fixed],
+    ):
+        with pytest.raises(ValueError, match="moments: "):
+            block.infer(x, wrong)
+
+
+def test_a_module_that_is_let_go_goes():
+    gc.collect()
+    for module in (_module(), randomise(HeadModule(Head(6, (Unit("pointwise", 6, 8),), 3)))):
+        _by_kernels(module, _rows())
+    gone = weakref.ref(module)
+    del module
+    assert gone() is None
