@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastshift.device import fp32_precision
 from fastshift.kernels.addresses import plain
 from fastshift.kernels.plan import plan_layer
 from fastshift.population_layer import PopulationLayer
@@ -59,13 +60,8 @@ def infer(
     given = [p.contiguous() for p in parameters]
     with _current(rows.device):
         return kernels.infer(
-            rows, parent, choice, given, moments, layer, shape, precision=_precision(), out=out
+            rows, parent, choice, given, moments, layer, shape, precision=fp32_precision(), out=out
         )
-
-
-def _precision() -> str:
-    """Of products of float32, as PyTorch is asked for: exact unless TF32 is allowed."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -93,7 +89,7 @@ def train(
     with _current(rows.device):
         given = plain(parameters)
         return kernels.train(
-            rows.contiguous(), parent, choice, given, plan, keep, _precision(), into=into
+            rows.contiguous(), parent, choice, given, plan, keep, fp32_precision(), into=into
         )
 
 
@@ -125,7 +121,7 @@ def backward(
             saved,
             plan,
             needs[0],
-            _precision(),
+            fp32_precision(),
             d_rows=d_rows,
         )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

@@ -207,4 +207,7 @@ class CompiledSupernet:
             else:
                 keep = torch.is_grad_enabled()
                 rows = layer_train(rows, parent, choice, parameters, text, keep)[0]
-        return functional.linear(rows.mean((2, 3)), weight, bias)
+        pooled = rows.mean((2, 3))
+        # What stands in for a node that is not there may be anything, and nought times that too.
+        pooled = pooled.masked_fill((choices[-1] < 0).view(-1, 1, 1), 0.0)
+        return functional.linear(pooled, weight, bias)

@@ -1,7 +1,8 @@
 """The one place for devices: which one a name means, and how exactly a GPU computes.
 
 `auto` is a GPU where there is one; `FASTSHIFT_DEVICE` says another. On a GPU fp32 is fp32, unless
-PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`), and runs repeat.
+PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`, or
+`torch.backends.cuda.matmul.fp32_precision`), and runs repeat.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["parse_device", "settle_on", "use_device"]
+__all__ = ["fp32_precision", "parse_device", "settle_on", "use_device"]
 
 
 def parse_device(name: str | torch.device) -> torch.device:
@@ -44,12 +45,23 @@ def parse_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def fp32_precision() -> str:
+    """How PyTorch is asked to multiply float32 matrices on a GPU: exactly, `ieee`, or in `tf32`.
+
+    By any of its ways: from 2.9 on the older one raises where the newer was used.
+    """
+    found = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if found is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if found == "tf32" else "ieee"
+
+
 def settle_on(device: torch.device) -> None:
     """Compute on a device from here on: a GPU becomes the current one, and exact."""
     if device.type == "cuda":
         cudnn = torch.backends.cudnn
         torch.cuda.set_device(device.index or 0)
-        cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+        cudnn.allow_tf32 = fp32_precision() == "tf32"
         cudnn.deterministic, cudnn.benchmark = True, False
 
 

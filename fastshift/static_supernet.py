@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastshift.backends import backend
+from fastshift.device import fp32_precision
 from fastshift.errors import ConfigError, UnsupportedError
 from fastshift.layers import ConvUnit
 from fastshift.node_tables import NodeTables
@@ -385,7 +386,7 @@ def _fingerprint(supernet: nn.Module, parts: Sequence[nn.Module]) -> list:
 
     It is taken before every update, for which describing the levels would take too long.
     """
-    found: list = [torch.get_float32_matmul_precision()]
+    found: list = [fp32_precision()]
     for module in (supernet, *parts):
         facts = module.__dict__
         found += map(id, facts["_modules"].values())

@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fastshift as fs
+from fastshift import compiled
 from fastshift.batch_norm import start_ema
 from fastshift.errors import SpaceError
 from fastshift.space import SearchSpace
@@ -146,6 +147,22 @@ def test_parts_that_were_replaced_are_read_at_the_next_call(change, policy):
         found = compiled(IMAGES.double(), archs)
     assert global_error([found], [_plain(net, archs, IMAGES.double())]) < FLOAT64_TOLERANCE
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_stands_in_for_a_node_that_is_not_there_may_be_anything(monkeypatch):
+    def train(rows, parent, choice, *rest):
+        found = plain(rows, parent, choice, *rest)
+        missing = (choice < 0).view(-1, 1, 1, 1, 1)
+        return torch.where(missing, torch.nan, found[0]), *found[1:]
+
+    plain = compiled.layer_train
+    monkeypatch.setattr(compiled, "layer_train", train)
+    net = _supernet().eval()
+    call = fs.CompiledSupernet(net, backend="eager", batch_norm="batch")
+    call(IMAGES, random_archs(net.space, 3, seed=5)).square().sum().backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_a_call_with_gradients_is_another_compilation_than_one_without():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -102,6 +104,37 @@ def test_on_a_gpu_fp32_is_fp32_and_runs_repeat_and_afterwards_all_is_as_it_was(c
         assert _flags() == (True, False, True)
     settle_on(torch.device("cuda", 1))
     assert _flags() == (False, True, False)
+
+
+# Each in a process of its own: what was asked for once cannot be taken back.
+PRECISION = """
+import os, torch
+from fastshift.device import fp32_precision
+matmul = torch.backends.cuda.matmul
+for how in {!r}:
+    if os.fork() == 0:
+        exec(how)
+        print(fp32_precision(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch"
+)
+def test_however_pytorch_is_asked_the_precision_is_known():
+    wanted = {
+        "": "ieee",
+        "torch.set_float32_matmul_precision('highest')": "ieee",
+        "torch.set_float32_matmul_precision('high')": "tf32",
+        "matmul.allow_tf32 = True": "tf32",
+        "matmul.fp32_precision = 'ieee'": "ieee",
+        "matmul.fp32_precision = 'tf32'": "tf32",
+    }
+    code = PRECISION.format(list(wanted))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == list(wanted.values()), done.stderr
 
 
 def test_tf32_is_used_where_pytorch_is_asked_for_it(current):
@@ -209,5 +242,5 @@ def test_only_one_module_decides(request):
 
 
 def test_devices_are_named_in_one_place():
-    assert devices.__all__ == ["parse_device", "settle_on", "use_device"]
+    assert devices.__all__ == ["fp32_precision", "parse_device", "settle_on", "use_device"]
     assert fsdata.Options().device == "auto"
