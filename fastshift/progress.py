@@ -30,6 +30,7 @@ class Progress:
         total: how many units of work there are; None where that is not known.
         what: the stage's name, such as `pretrain` or `generation 3`.
         quiet: show nothing at all.
+        done: units done before, by the part of a run that this one goes on with.
         interval: least seconds between two lines.
         stream: where to write; standard error by default.
 
@@ -47,13 +48,15 @@ class Progress:
         what: str,
         quiet: bool = False,
         *,
+        done: int = 0,
         interval: float = 5.0,
         stream: TextIO | None = None,
     ) -> None:
         self.total = total
         self.what = what
         self.quiet = quiet
-        self.done = 0
+        self.done = done
+        self._done_before = done
         self._stream = sys.stderr if stream is None else stream
         self._interval = interval
         self._figures: dict[str, Any] = {}
@@ -67,7 +70,7 @@ class Progress:
         self._begun = self._shown = time.perf_counter()
         self._marks.append((self._begun, dict(self._counts)))
         if not self.quiet and _is_terminal(self._stream):
-            self._bar = _start_bar(self.what, self.total, self._stream)
+            self._bar = _start_bar(self.what, self.total, self.done, self._stream)
             if self._bar is not None:
                 self._interval = _BAR_SECONDS
         return self
@@ -112,7 +115,25 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=self.done, figures=text)
             return
         count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
-        print(f"{self.what} {count}  {text}".rstrip(), file=self._stream, flush=True)
+        line = f"{self.what} {count}  {text}".rstrip() + self._left(now)
+        print(line, file=self._stream, flush=True)
+
+    def _left(self, now: float) -> str:
+        """What is left at the pace so far, once that says anything."""
+        own = self.done - self._done_before
+        if self.total is None or own <= 0 or now - self._begun < 5.0:
+            return ""
+        seconds = (self.total - self.done) * (now - self._begun) / own
+        if seconds < 10.0:
+            return ""
+        minutes = seconds / 60
+        if minutes < 2:
+            return f"  about {seconds:.0f} s left"
+        return (
+            f"  about {minutes:.0f} min left"
+            if minutes < 120
+            else f"  about {minutes / 60:.0f} h left"
+        )
 
     def _texts(self, now: float) -> list[str]:
         start, counts = self._marks[0] if self._marks else (self._begun, dict(self._counts))
@@ -125,7 +146,8 @@ class Progress:
                 continue
             if name in self._counts:
                 rate = (self._counts[name] - counts[name]) / max(now - start, 1e-9)
-                texts.append(f"{_short(rate)} {_COUNTED[name]}")
+                if rate > 0:  # else the stage does something else for now
+                    texts.append(f"{_short(rate)} {_COUNTED[name]}")
             else:
                 texts.append(_text(name, value))
         return texts
@@ -186,7 +208,7 @@ def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _start_bar(what: str, total: int | None, stream: TextIO) -> Any:
+def _start_bar(what: str, total: int | None, done: int, stream: TextIO) -> Any:
     """Return a started rich progress with one task, or None where rich is not installed."""
     try:
         from rich.console import Console
@@ -209,7 +231,7 @@ def _start_bar(what: str, total: int | None, stream: TextIO) -> Any:
         console=Console(file=stream),
         refresh_per_second=4,
     )
-    bar.add_task(what, total=total, figures="")
+    bar.add_task(what, total=total, completed=done, figures="")
     bar.start()
     return bar
 

@@ -136,11 +136,11 @@ class Search:
         self._saved = time.perf_counter()
         total = (self.options.generations + 1) * self.options.population
         done = sum(record["candidates"] for record in self.record.generations)
+        done += sum(len(errors) for errors, _, _ in self.told)
         with (
-            Progress(total, what="search", quiet=quiet) as self.progress,
+            Progress(total, what="search", quiet=quiet, done=done) as self.progress,
             Scalars(self.out) as self.scalars,
         ):
-            self.progress.advance(done)
             try:
                 for _ in self._steps():
                     if stop():
@@ -205,7 +205,8 @@ class Search:
             self.position += 1
             loss = self.shifter.update(groups[(self.position - 1) // per_group])
             self.record.note_computed("train", self.shifter.trainer.computed)
-            self.progress.advance(0, loss=loss)
+            of = per_group * len(groups)
+            self.progress.advance(0, shift=f"{self.position}/{of}", loss=loss)
             yield
 
     def _score(self, archs: np.ndarray, rescore: bool) -> None:
@@ -239,12 +240,15 @@ class Search:
             # Only fixed weights give scores that can be compared across generations.
             latest = np.fmin(latest, getattr(kept[0], self.options.score_by))
         best = float(latest)
+        # Where weights move, each generation is scored under its own.
+        whose = "generation_best" if self.options.moves else "best"
         self.progress.advance(
             len(archs),
+            shift=None,
             archs=len(rows),
             images=(scores.images + scores.calibration_images) * len(rows),
             sharing=scores.sharing,
-            **({f"best_{self.options.score_by}": best} if math.isfinite(best) else {}),
+            **({f"{whose}_{self.options.score_by}": best} if math.isfinite(best) else {}),
         )
 
     def _primary(self, scores: Scores) -> float:

@@ -7,6 +7,9 @@ import platform
 
 import torch
 
+from fastshift.cpu import instruction_set
+from fastshift.errors import ConfigError
+
 __all__ = ["device_name", "versions"]
 
 
@@ -20,8 +23,17 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
         "dali": _version("nvidia-dali-cuda130") or _version("nvidia-dali-cuda120"),
         "python": platform.python_version(),
         "device": device_name(device),
+        "instruction_set": _instruction_set(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _instruction_set() -> str | None:
+    """Of the compiled kernels; None where `FASTSHIFT_CPU_ISA` asks for one that cannot run."""
+    try:
+        return instruction_set()
+    except ConfigError:
+        return None
 
 
 def _version(package: str) -> str | None:

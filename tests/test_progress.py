@@ -124,3 +124,35 @@ def test_scalars_without_tensorboard_or_directory_write_nothing(
             scalars.write(1, {"loss": 1.0})
             assert not scalars.is_active
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_says_what_is_left_at_the_pace_of_this_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fastshift.progress.time.perf_counter", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(100, what="search", done=40, stream=stream, interval=1.0) as progress:
+        for seconds, done in ((2.0, 1), (10.0, 4), (10.0, 5), (300.0, 20), (1.0, 29)):
+            now[0] += seconds
+            progress.advance(done)
+    assert stream.getvalue().splitlines() == [
+        "search 41/100",
+        "search 45/100  about 2 min left",
+        "search 50/100  about 110 s left",
+        "search 70/100  about 5 min left",
+        "search 99/100",
+    ]
+
+
+def test_a_rate_of_nothing_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fastshift.progress.time.perf_counter", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(None, what="search", stream=stream, interval=1.0) as progress:
+        now[0] += 2.0
+        progress.advance(1, archs=4)
+        for step in range(30):
+            now[0] += 2.0
+            progress.advance(0, shift=f"{step}/30")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "search 1  2 arch/s"
+    assert lines[-1] == "search 1  shift 29/30"
