@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Blocks", "Launch", "blocks_of", "ceil_div", "power_of_2", "share"]
+__all__ = ["Blocks", "Launch", "blocks_of", "ceil_div", "power_of_2", "share", "warps_of"]
 
 # Partial results that one program merges at the end: a level of one node has no other programs to
 # fill a card with, but behind FEW_PARTS a program has up to MOST_TILES before there are more.
@@ -77,6 +77,11 @@ def power_of_2(number: int, most: int) -> int:
     return min(max(16, 1 << (number - 1).bit_length()), most)
 
 
+def warps_of(pixels: int, channels: int, most: int) -> int:
+    """Warps of a tile, whose threads each have eight values, 16 bytes of a narrow type, or more."""
+    return min(max(pixels * channels // 256, 1), most)
+
+
 def blocks_of(
     depthwise: bool, backward: bool, pixels: int, inner: int, outer: int, dtype: torch.dtype
 ) -> Blocks:
@@ -91,24 +96,26 @@ def blocks_of(
         dtype: of the rows.
     """
     if depthwise:
+        tile = power_of_2(pixels, 32), power_of_2(outer, 32 if backward else 64)
         return Blocks(
-            pixels=power_of_2(pixels, 32),
-            channels=power_of_2(outer, 32 if backward else 64),
+            *tile,
             depth=16,
             weight_out=power_of_2(inner, 32),
             weight_in=16,
             weight_pixels=32,
-            warps=4 if backward else 8,
+            warps=warps_of(*tile, 8),
         )
     wide = dtype is torch.float32
+    tile = power_of_2(pixels, 64), power_of_2(outer, 64)
+    depth = power_of_2(inner, 16 if wide else 32)
+    narrower = min(tile[1], depth * dtype.itemsize // 2)  # of what is written and what is read
     return Blocks(
-        pixels=power_of_2(pixels, 64),
-        channels=power_of_2(outer, 64),
-        depth=power_of_2(inner, 16 if wide else 32),
+        *tile,
+        depth=depth,
         weight_out=power_of_2(inner, 64),
         weight_in=power_of_2(outer, 64),
         weight_pixels=16 if wide else 32,
-        warps=8,
+        warps=warps_of(tile[0], narrower, 8),
         stages=1 if wide else 2,
     )
 

@@ -234,7 +234,8 @@ def _passed_gradient(
             elif passes == 2:
                 # Half as many channels, side by side: as even ones they would be read one by one.
                 offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
-                even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < channels // 2, ALIGN)
+                half = tl.multiple_of(channels // 2, (ALIGN + 1) // 2)
+                even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < half, ALIGN)
                 pairs = tl.join(even, tl.zeros_like(even))
                 acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
     at = b.sums + row.to(tl.int64) * positions * channels

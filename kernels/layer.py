@@ -23,6 +23,7 @@ from fastshift.kernels._launch import (
     power_of_2,
     share,
     splits_of,
+    warps_of,
 )
 from fastshift.kernels.addresses import address_table
 from fastshift.kernels.convolution import convolution_bwd_kernel, convolution_fwd_kernel
@@ -165,6 +166,7 @@ def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Laun
             "BLOCK_P": FRAME_PIXELS,
             "BLOCK_C": block,
         },
+        num_warps=warps_of(FRAME_PIXELS, block, 4),
     )
 
 
@@ -345,6 +347,7 @@ def backward_launches(
             "BLOCK_P": FRAME_PIXELS,
             "BLOCK_C": frame.block,
         },
+        num_warps=warps_of(FRAME_PIXELS, frame.block, 4),
     )
     counters = frame.counters
     # Sums in float32 go on until the last launch that adds to them, which rounds them once.
