@@ -108,7 +108,9 @@ def blocks_of(
     wide = dtype is torch.float32
     tile = power_of_2(pixels, 64), power_of_2(outer, 64)
     depth = power_of_2(inner, 16 if wide else 32)
-    narrower = min(tile[1], depth * dtype.itemsize // 2)  # of what is written and what is read
+    narrower = tile[1]
+    if inner * dtype.itemsize >= 16:  # what is read can be read in wide accesses too
+        narrower = min(narrower, depth * dtype.itemsize // 2)
     return Blocks(
         *tile,
         depth=depth,
