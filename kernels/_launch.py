@@ -108,16 +108,16 @@ def blocks_of(
     wide = dtype is torch.float32
     tile = power_of_2(pixels, 64), power_of_2(outer, 64)
     depth = power_of_2(inner, 16 if wide else 32)
-    narrower = tile[1]
-    if inner * dtype.itemsize >= 16:  # what is read can be read in wide accesses too
-        narrower = min(narrower, depth * dtype.itemsize // 2)
+    warps = 8
+    if min(inner, outer) * dtype.itemsize >= 16:  # both sides can be accessed in whole vectors
+        warps = warps_of(tile[0], min(tile[1], depth * dtype.itemsize // 2), 8)
     return Blocks(
         *tile,
         depth=depth,
         weight_out=power_of_2(inner, 64),
         weight_in=power_of_2(outer, 64),
         weight_pixels=16 if wide else 32,
-        warps=warps_of(tile[0], narrower, 8),
+        warps=warps,
         stages=1 if wide else 2,
     )
 
