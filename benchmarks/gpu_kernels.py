@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from catalogue import DTYPES, Case, Network, cases
 from gpu_ceilings import plain_fp32, share
 from gpu_items import Bench, Item, Row
 from gpu_timing import Call, Several, in_turns
@@ -24,7 +25,6 @@ from fastshift import _operators_ref
 from fastshift.errors import CaptureError
 from fastshift.graphs import CapturedStep
 from fastshift.kernels import images, loss
-from fastshift.kernels.catalogue import DTYPES, Case, Network, cases
 from fastshift.kernels.plan import Layer
 from fastshift.testing import global_error
 

@@ -4,8 +4,9 @@
     python benchmarks/gpu_static.py --record                                 and a new record
 
 Every listed kernel is compiled at named shapes of three spaces and its machine code is read: at
-one level of each space for one architecture, at one space's in every type for all three; with
-`--all`, everything everywhere. No kernel runs on a GPU: there is no time in here. A floor is what
+one level of each space for one architecture, at one space's in every type for all three, and at
+further levels, stem and head too, where a kernel has a body that no other has; with `--all`,
+everything everywhere. No kernel runs on a GPU: there is no time in here. A floor is what
 the card's published bandwidth and rates allow at best, a bound and not a time. The bytes that
 programs ask for are counted by Triton's interpreter, at the small shape alone.
 """
@@ -21,22 +22,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
 from kernel_sites import SITES, SMALL, Site, network
 from machine_code import CARDS, compile_launch
 from static_checks import known, regressions, shortfalls
 from static_tables import tables
 
-from fastshift.kernels.catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
-
-__all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of"]
+__all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of", "variants"]
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
+PROCESSES = 2  # that compile
+ELSEWHERE = ("bf16", (90,))  # of what no level has that stands for others
 
 
 def key_of(launch: Launch) -> str:
@@ -57,18 +62,43 @@ def collect(
 ) -> Iterator[tuple[Case, Recording, tuple[int, ...]]]:
     """Yield the listed cases that a pattern finds, their recordings and their architectures.
 
+    Of levels that stand for others, every variant of a kernel that some level has is among them.
+
     Args:
         sites: where the shapes come from.
         pattern: a regular expression on `name | site | dtype`.
         whole: take every level of a site, in every type, for every architecture.
     """
+    sites = tuple(sites)
+    seen: set[str] = set()
     for site in sites:
         place = network(site, whole=whole)
         for dtype in DTYPES if whole else site.targets:
-            for case in cases(place, dtype):
+            for case in _with_tf32(cases(place, dtype)):
+                recording = recorded(case)
+                seen |= variants(recording)
                 if re.search(pattern, _name(case)):
-                    capabilities = tuple(CARDS) if whole else site.targets[dtype]
-                    yield case, recorded(case), capabilities
+                    yield case, recording, tuple(CARDS) if whole else site.targets[dtype]
+    for site in () if whole else sites:
+        for case in cases(network(site), ELSEWHERE[0]):
+            recording = recorded(case)
+            if not variants(recording) <= seen:
+                seen |= variants(recording)
+                if re.search(pattern, _name(case)):
+                    yield case, recording, ELSEWHERE[1]
+
+
+def _with_tf32(found: Iterable[Case]) -> Iterator[Case]:
+    """Yield cases, and those of float32 products again in TF32."""
+    for case in found:
+        yield case
+        if case.dtype == "fp32" and case.dot:
+            yield replace(case, dtype="tf32", launcher=partial(case.launcher, precision="tf32"))
+
+
+def variants(recording: Recording) -> set[str]:
+    """Name the kernels' bodies that a call runs."""
+    return {launch.variant for launch in recording.launches}
 
 
 def _name(case: Case) -> str:
@@ -90,17 +120,31 @@ def examine(
     """
     kernels: dict[str, dict[str, Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
+    _JOBS.clear()
     for case, recording, capabilities in found:
         for launch in recording.launches:
             codes = kernels.setdefault(key_of(launch), {})
             for capability in capabilities:
                 if str(capability) not in codes:
-                    start = time.perf_counter()
-                    codes[str(capability)] = compile_launch(launch, capability).row()
-                    seconds = time.perf_counter() - start
-                    say(f"{key_of(launch)} for sm_{capability}, {_name(case)}: {seconds:.1f} s")
+                    codes[str(capability)] = None
+                    _JOBS.append((launch, capability, _name(case)))
         rows[_name(case)] = _row(case, recording)
+    with get_context("fork").Pool(min(PROCESSES, max(len(_JOBS), 1))) as pool:
+        done = pool.imap(_compile, range(len(_JOBS)))
+        for (launch, capability, name), (row, seconds) in zip(_JOBS, done, strict=True):
+            kernels[key_of(launch)][str(capability)] = row
+            say(f"{key_of(launch)} for sm_{capability}, {name}: {seconds:.1f} s")
     return {"kernels": kernels, "cases": rows}
+
+
+_JOBS: list[tuple[Launch, int, str]] = []  # of the forked processes: a launch cannot be sent there
+
+
+def _compile(index: int) -> tuple[dict[str, Any], float]:
+    launch, capability, _ = _JOBS[index]
+    start = time.perf_counter()
+    row = compile_launch(launch, capability).row()
+    return row, time.perf_counter() - start
 
 
 def _row(case: Case, recording: Recording) -> dict[str, Any]:
@@ -108,7 +152,9 @@ def _row(case: Case, recording: Recording) -> dict[str, Any]:
     return {
         "launches": [key_of(launch) for launch in recording.launches],
         "torch_launches": recording.torch_launches,
+        "variants": sorted(variants(recording)),
         "budget": case.launches,
+        "made_bytes": case.made_bytes,
         "allocated_bytes": recording.allocated_bytes,
         "read_bytes": case.read_bytes,
         "written_bytes": case.written_bytes,

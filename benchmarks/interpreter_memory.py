@@ -47,8 +47,13 @@ class Accesses:
         """Note what the next launch may touch: its tensors, and those in its address tables."""
         self._kernel = kernel
         tensors = list(tensors)
-        found = {*map(_range, tensors), *map(_range, _reached(tensors))}
-        allowed = sorted((start, end) for start, end in found if end > start)
+        found = sorted({_range(tensor) for tensor in (*tensors, *_reached(tensors))})
+        allowed: list[list[int]] = []
+        for start, end in found:
+            if allowed and start < allowed[-1][1]:  # one tensor within another
+                allowed[-1][1] = max(allowed[-1][1], end)
+            elif end > start:
+                allowed.append([start, end])
         self._ranges = np.array(allowed, dtype=np.int64).reshape(-1, 2)
 
     def check(self, what: str, handle: TensorHandle, mask: np.ndarray) -> np.ndarray:
@@ -84,8 +89,10 @@ class Accesses:
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    """From a tensor's first element to behind its last, whatever else its storage holds."""
+    start, steps = tensor.data_ptr(), zip(tensor.shape, tensor.stride(), strict=True)
+    reach = sum((size - 1) * stride for size, stride in steps) + 1 if tensor.numel() else 0
+    return start, start + reach * tensor.element_size()
 
 
 def _reached(tensors: Iterable[Tensor]) -> list[Tensor]:

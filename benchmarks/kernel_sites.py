@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from catalogue import DTYPES, Level, Network
 
-from fastshift.kernels.catalogue import DTYPES, Level, Network
-from fastshift.ops import Op, Unit
-from fastshift.population_layer import LayerOp, LayerUnit, describe_layer, describe_op, parse_layer
-from fastshift.space import SearchSpace
 from fastshift.spaces import build
+from fastshift.static_levels import levels_of
 from fastshift.supernet import Supernet
 
-__all__ = ["SITES", "SMALL", "Site", "layer_text", "network"]
-
-_EPS = 1e-5  # of torch's batch norm
+__all__ = ["SITES", "SMALL", "Site", "network"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class Site:
 
     Attributes:
         space: its name in `fastshift.spaces`.
-        rows: of a level's parents at a time, of `num_nodes` nodes.
+        rows: of a block's parents at a time, of `num_nodes` nodes, where there are as many.
         level: the one that stands for all others where not all are wanted.
         targets: types and architectures, where not all are wanted.
     """
@@ -59,25 +55,8 @@ SITES = (
 SMALL = Site("digits", 8, 10, 4, 3, 2, 4, "block 3", _ONE)
 
 
-def layer_text(ops: tuple[Op, ...], affine: bool) -> str:
-    """Return a block's candidate ops as the population layer's operators take them."""
-
-    def unit_of(unit: Unit) -> LayerUnit:
-        is_depthwise = unit.kind == "depthwise"
-        sizes = (unit.in_channels, unit.out_channels, unit.kernel, unit.stride)
-        return LayerUnit(is_depthwise, *sizes, unit.activation == "relu", _EPS, affine, affine)
-
-    def op_of(op: Op) -> LayerOp | None:
-        if op.is_identity:
-            return None
-        units = (*op.units, *op.frame.shortcut)
-        return LayerOp(tuple(map(unit_of, units)), len(op.units), op.frame.kind)
-
-    return describe_layer(describe_op(op_of(op)) for op in ops)
-
-
 def network(site: Site, *, whole: bool = True) -> Network:
-    """Return a site's shapes, with one level of each that differs, or the site's alone."""
+    """Return a site's shapes, with each level that differs, stem and head too, or one alone."""
     space = build(site.space, image_size=site.image_size, num_classes=site.num_classes)
     with torch.device("meta"):
         supernet = Supernet(space)
@@ -97,23 +76,31 @@ def network(site: Site, *, whole: bool = True) -> Network:
         site.num_classes,
         site.num_candidates,
         tuple(parameters),
-        tuple(level for level in _levels(site, space) if whole or level.name == site.level),
+        tuple(
+            level
+            for level in _levels(site, supernet, space.in_channels)
+            if whole or level.name == site.level
+        ),
     )
 
 
-def _levels(site: Site, space: SearchSpace) -> list[Level]:
-    size = site.image_size
-    for unit in space.stem:
-        size = unit.output_size(size)
-    levels, seen = [], set()
-    for index, ops in enumerate(space.blocks):
-        rows = (site.rows, site.num_images, size, size, ops[0].in_channels)
-        text = layer_text(ops, space.affine)
-        size = ops[0].output_size(size)
-        if (rows, text) in seen:
+def _levels(site: Site, supernet: Supernet, channels: int) -> list[Level]:
+    """Stem, blocks and head's features, each once, at most as many nodes as a trie has there."""
+    levels, seen, above = [], set(), 1
+    for own in levels_of(supernet, (site.image_size, site.image_size, channels), site.num_nodes):
+        nodes = own.capacity
+        rows = (nodes if own.name.startswith("head") else min(above, site.rows), site.num_images)
+        above = nodes
+        if (rows, own.in_size, own.text) in seen:
             continue
-        seen.add((rows, text))
-        parent = tuple(node * site.rows // site.num_nodes for node in range(site.num_nodes))
-        choice = tuple(node % len(ops) for node in range(site.num_nodes))
-        levels.append(Level(f"block {index + 1}", rows, parent, choice, parse_layer(text)))
+        seen.add((rows, own.in_size, own.text))
+        parent = tuple(node * rows[0] // nodes for node in range(nodes))
+        choice = tuple(node % own.num_choices for node in range(nodes))
+        levels.append(Level(_name(own.name), (*rows, *own.in_size), parent, choice, own.layer))
     return levels
+
+
+def _name(part: str) -> str:
+    """Of a part of the supernet, for people."""
+    name, _, index = part.partition(".")
+    return f"block {int(index) + 1}" if name == "blocks" else name

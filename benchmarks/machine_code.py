@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from catalogue import Launch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fastshift.kernels.catalogue import Launch
 
 __all__ = ["CARDS", "Card", "MachineCode", "compile_launch", "occupancy", "read_code"]
 
@@ -44,10 +43,23 @@ class Card:
 # Data sheets of the SXM (HGX) cards.
 CARDS = {
     80: Card(
-        "A100 80GB", 2.039e12, {"fp16": 156e12, "bf16": 156e12, "vector": 9.75e12}, 164 * 1024
+        "A100 80GB",
+        2.039e12,
+        {"fp16": 156e12, "bf16": 156e12, "tf32": 78e12, "vector": 9.75e12},
+        164 * 1024,
     ),
-    90: Card("H100", 3.35e12, {"fp16": 494.5e12, "bf16": 494.5e12, "vector": 33.5e12}, 228 * 1024),
-    100: Card("B200", 8e12, {"fp16": 1125e12, "bf16": 1125e12, "vector": 40e12}, 228 * 1024),
+    90: Card(
+        "H100",
+        3.35e12,
+        {"fp16": 494.5e12, "bf16": 494.5e12, "tf32": 247.25e12, "vector": 33.5e12},
+        228 * 1024,
+    ),
+    100: Card(
+        "B200",
+        8e12,
+        {"fp16": 1125e12, "bf16": 1125e12, "tf32": 562.5e12, "vector": 40e12},
+        228 * 1024,
+    ),
 }
 
 # Of the three architectures alike.
@@ -78,6 +90,7 @@ class MachineCode:
         occupancy: share of a multiprocessor's warps that registers, shared memory and the number
             of programs admit; at most, since nothing says that they are there.
         load_bytes, store_bytes: of the widest global access of a thread.
+        loads: counts of global loads by a thread's bytes.
         tensor: counts of tensor-core instructions by name.
         products: whether the kernel has a matrix product.
     """
@@ -90,6 +103,7 @@ class MachineCode:
     occupancy: float
     load_bytes: int
     store_bytes: int
+    loads: dict[str, int]
     tensor: dict[str, int]
     products: bool
 
@@ -122,7 +136,7 @@ def read_code(usage: str, listing: str) -> dict[str, Any]:
         listing: of `nvdisasm -c`.
 
     Returns:
-        `registers`, `stack_bytes`, `spills`, `load_bytes`, `store_bytes` and `tensor`.
+        `registers`, `stack_bytes`, `spills`, `load_bytes`, `store_bytes`, `loads` and `tensor`.
 
     Raises:
         ValueError: a text is not as the tools print it.
@@ -152,6 +166,7 @@ def read_code(usage: str, listing: str) -> dict[str, Any]:
         "spills": spills,
         "load_bytes": max(loads),
         "store_bytes": max(stores),
+        "loads": {str(width): count for width, count in sorted(Counter(loads[1:]).items())},
         "tensor": dict(sorted(tensor.items())),
     }
 

@@ -16,7 +16,9 @@ def shortfalls(record: Record) -> list[str]:
     """Return a line for each target that a record misses.
 
     Targets: no spills; loads and stores as wide as the shape admits, up to 128 bits; tensor cores
-    in every matrix product of fp16 and bf16; launches within the budget.
+    in every matrix product of fp16, bf16 and TF32; launches within the budget; no more memory made
+    than results have, and a hundredth of what is moved and a page for partial results; no value of
+    16 bits loaded alone by a layer whose rows begin at a multiple of 128.
 
     Args:
         record: of `gpu_static`.
@@ -50,11 +52,15 @@ def _shortfalls(record: Record, name: str) -> Iterator[str]:
     if started > case["budget"]:
         names = [*case["launches"], *case["torch_launches"]]
         yield f"{name}: {started} launches, the budget is {case['budget']}: {', '.join(names)}"
+    spare = 4096 + (case["read_bytes"] + case["written_bytes"]) // 100
+    if case["allocated_bytes"] > case["made_bytes"] + spare:
+        made = f"{case['allocated_bytes']} bytes made"
+        yield f"{name}: {made}, the results have {case['made_bytes']}"
     if case["dot"] and not any(
         code["products"] for key in case["launches"] for code in record["kernels"][key].values()
     ):
         yield f"{name}: no kernel of it has a matrix product"
-    narrow_type = name.endswith(("fp16", "bf16"))
+    narrow_type = name.endswith(("fp16", "bf16", "tf32"))
     for key in dict.fromkeys(case["launches"]):
         for capability, code in record["kernels"][key].items():
             where = f"{name}: {key} for sm_{capability}"
@@ -64,6 +70,9 @@ def _shortfalls(record: Record, name: str) -> Iterator[str]:
                 yield f"{where}: a matrix product without tensor cores"
             if key.split()[0] in case["narrow"]:
                 continue
+            alone = code["loads"].get("1", 0) + code["loads"].get("2", 0)
+            if alone and case["dot"] and case["load_width"] == 16:
+                yield f"{where}: {alone} loads of at most 16 bits"
             for kind in ("load", "store"):
                 wanted, widest = case[f"{kind}_width"], code[f"{kind}_bytes"]
                 if widest < wanted:

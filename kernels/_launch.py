@@ -1,8 +1,8 @@
 """Block sizes and shares of the work, as functions of sizes alone, and what a launch is.
 
 Nothing here looks at the number of nodes or of rows: a node's results are then the same bits in
-whatever population it stands. The sizes were chosen from compiled code (registers, no spills); on
-a GPU they have not been timed.
+whatever population it stands. The static record holds what the sizes compile to, without a spill;
+on a GPU they have not been timed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["Blocks", "Launch", "blocks_of", "ceil_div", "power_of_2", "share"]
+__all__ = ["Blocks", "Launch", "blocks_of", "ceil_div", "power_of_2", "share", "warps_of"]
 
-MOST_PARTS = 128  # partial results that one program merges at the end
+# Partial results that one program merges at the end: a level of one node has no other programs to
+# fill a card with, but behind FEW_PARTS a program has up to MOST_TILES before there are more.
+FEW_PARTS, MOST_PARTS, MOST_TILES = 128, 512, 4
 SPLIT_PROGRAMS = 256  # for one weight, where its pixels are enough
 FEWEST_SPLITS, MOST_SPLITS = 4, 64
 
@@ -29,6 +31,7 @@ class Launch:
     positional: tuple
     arguments: Mapping[str, Any]
     num_warps: int = 4
+    num_stages: int = 2  # chunks of a product that are in shared memory at a time
     # Of a thread. With none given the assembler aims at more programs at once and spills a few.
     max_registers: int | None = None
 
@@ -39,7 +42,7 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the arguments."""
-        found = {"num_warps": self.num_warps, "num_stages": 2}
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return found | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
@@ -51,6 +54,7 @@ class Blocks:
         pixels, channels, depth: of a product, or of a depthwise tile (which has no depth).
         weight_out, weight_in, weight_pixels: of a weight's gradient; a depthwise one has no
             `weight_in`.
+        warps, stages: as a `Launch`.
     """
 
     pixels: int
@@ -60,6 +64,7 @@ class Blocks:
     weight_in: int
     weight_pixels: int
     warps: int
+    stages: int = 2
 
 
 def ceil_div(number: int, by: int) -> int:
@@ -70,6 +75,11 @@ def ceil_div(number: int, by: int) -> int:
 def power_of_2(number: int, most: int) -> int:
     """The least power of two that is no less, within 16 and `most`."""
     return min(max(16, 1 << (number - 1).bit_length()), most)
+
+
+def warps_of(pixels: int, channels: int, most: int) -> int:
+    """Warps of a tile, whose threads each have eight values, 16 bytes of a narrow type, or more."""
+    return min(max(pixels * channels // 256, 1), most)
 
 
 def blocks_of(
@@ -86,24 +96,35 @@ def blocks_of(
         dtype: of the rows.
     """
     if depthwise:
+        tile = power_of_2(pixels, 32), power_of_2(outer, 32 if backward else 64)
         return Blocks(
-            power_of_2(pixels, 32), power_of_2(outer, 32 if backward else 64), 16, 16, 16, 32, 4
+            *tile,
+            depth=16,
+            weight_out=power_of_2(inner, 32),
+            weight_in=16,
+            weight_pixels=32,
+            warps=warps_of(*tile, 8),
         )
     wide = dtype is torch.float32
+    tile = power_of_2(pixels, 64), power_of_2(outer, 64)
+    depth = power_of_2(inner, 16 if wide else 32)
+    warps = 8
+    if min(inner, outer) * dtype.itemsize >= 16:  # both sides can be accessed in whole vectors
+        warps = warps_of(tile[0], min(tile[1], depth * dtype.itemsize // 2), 8)
     return Blocks(
-        pixels=power_of_2(pixels, 64),
-        channels=power_of_2(outer, 64),
-        depth=power_of_2(inner, 16 if wide else 32),
-        weight_out=64,
-        weight_in=64,
+        *tile,
+        depth=depth,
+        weight_out=power_of_2(inner, 64),
+        weight_in=power_of_2(outer, 64),
         weight_pixels=16 if wide else 32,
-        warps=8 if wide else 4,
+        warps=warps,
+        stages=1 if wide else 2,
     )
 
 
 def share(tiles: int, most: int) -> tuple[int, int]:
     """Split tiles among programs: tiles of each, and programs, at most `most`."""
-    each = ceil_div(tiles, most)
+    each = max(ceil_div(tiles, most), min(ceil_div(tiles, FEW_PARTS), MOST_TILES))
     return each, ceil_div(tiles, each)
 
 

@@ -21,6 +21,7 @@ from fastshift.kernels.norm import (
     finish_totals,
     is_last,
     load_source_norm,
+    merge_moments,
     normalise,
 )
 from fastshift.kernels.pixels import sizes_of
@@ -58,32 +59,37 @@ def _raw_tile(
     x_ptr,
     x_stride,
     offs_p,
-    offs_c,
-    X_STEP: tl.constexpr,
+    first_c,
+    PART: tl.constexpr,
     CONTINUES: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     MOVES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     if DEPTHWISE:
-        acc = depthwise(b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c, X_STEP, CONTINUES)
+        acc = depthwise(
+            b, record, node, sizes, x_ptr, x_stride, offs_p, first_c,
+            BLOCK_C, PART, CONTINUES, MOVES,
+        )  # fmt: skip
     else:
         acc = product(
-            b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c,
-            X_STEP, CONTINUES, MOVES, BLOCK_K, PRECISION, UPCAST,
+            b, record, node, sizes, x_ptr, x_stride, offs_p, first_c + tl.arange(0, BLOCK_C),
+            PART, CONTINUES, MOVES, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
     return acc
 
 
-@triton.jit(do_not_specialize=["first", "width", "chunk", "parts", "counters"])
+@triton.jit(do_not_specialize=["first", "width", "chunk", "parts", "tiles", "counters"])
 def convolution_fwd_kernel(
     b,
     first,
     width,
     chunk,
     parts,
+    tiles,
     counters,
     LANES: tl.constexpr,
     DEPTHWISE: tl.constexpr,
@@ -105,6 +111,8 @@ def convolution_fwd_kernel(
         width: channels that a partial result has room for.
         chunk: tiles of `BLOCK_P` pixels that a program has.
         parts: programs for a node's pixels, at most.
+        tiles: of `BLOCK_C` channels; those of the same pixels follow each other, and find what they
+            read in a cache.
         counters: where the launch's own begin.
         LANES: units that a node may have in this step.
         DEPTHWISE, MOVES, SPLITS, CONTINUES: as the step.
@@ -112,7 +120,8 @@ def convolution_fwd_kernel(
         PRECISION: `tl.dot`'s.
         UPCAST: whether operands are multiplied in float32, which the interpreter needs of bfloat16.
     """
-    part_index, item = tl.program_id(0) % parts, tl.program_id(0) // parts
+    tile, place = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    part_index, item = place % parts, place // parts
     node = item // LANES
     choice = tl.load(b.choice + node)
     if choice < 0:
@@ -123,46 +132,48 @@ def convolution_fwd_kernel(
     sizes = sizes_of(b, record, ALIGN)
     c_out, positions = sizes[1], sizes[3]
     begin = part_index * chunk * BLOCK_P
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = tile * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_c = offs_c < c_out
-    if (begin >= positions) | (tl.program_id(1) * BLOCK_C >= c_out):
+    if (begin >= positions) | (first_c >= c_out):
         return
     x_ptr, x_stride = source_of(b, record, node, ALIGN)
     y_ptr = raw_of(b, node, tl.load(record + RAW))
-    count = 0.0
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    square = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(begin, tl.minimum(begin + chunk * BLOCK_P, positions), BLOCK_P):
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    stop = tl.minimum(begin + chunk * BLOCK_P, positions)
+    for start in range(begin, stop, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         if SPLITS:
             if tl.load(record + SPLIT):
                 acc = _raw_tile(
-                    b, record, node, sizes, x_ptr + 1, x_stride, offs_p, offs_c, 2, False,
-                    DEPTHWISE, MOVES, BLOCK_K, PRECISION, UPCAST,
+                    b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 1, False,
+                    DEPTHWISE, MOVES, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
                 )  # fmt: skip
             else:
                 acc = _raw_tile(
-                    b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c, 1, CONTINUES,
-                    DEPTHWISE, MOVES, BLOCK_K, PRECISION, UPCAST,
+                    b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 2, CONTINUES,
+                    DEPTHWISE, MOVES, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
                 )  # fmt: skip
         else:
             acc = _raw_tile(
-                b, record, node, sizes, x_ptr, x_stride, offs_p, offs_c, 1, CONTINUES,
-                DEPTHWISE, MOVES, BLOCK_K, PRECISION, UPCAST,
+                b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 2, CONTINUES,
+                DEPTHWISE, MOVES, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
             )  # fmt: skip
         inside = offs_p < positions
         # Statistics are those of what is stored, and will be read.
         y = acc.to(b.raw.dtype.element_ty)
         at = y_ptr + (offs_p.to(tl.int64)[:, None] * c_out + offs_c[None, :])
         tl.store(at, y, mask=inside[:, None] & mask_c[None, :])
-        num = tl.minimum(positions - start, BLOCK_P).to(tl.float32)
-        count, mean, square = add_moments(count, mean, square, y.to(tl.float32), inside, num)
+        tiles_so_far = (start - begin) // BLOCK_P + 1
+        mean, square = add_moments(mean, square, y.to(tl.float32), inside, tiles_so_far)
+    mean, square = merge_moments(mean, square, tl.arange(0, BLOCK_P), stop - begin, BLOCK_P)
     partial = b.partial + item.to(tl.int64) * parts * 2 * width
     to = partial + part_index * 2 * width + offs_c
     tl.store(to, mean, mask=mask_c)
     tl.store(to + width, square, mask=mask_c)
     part = chunk * BLOCK_P
-    counter = b.counters + counters + item * tl.num_programs(1) + tl.program_id(1)
+    counter = b.counters + counters + item * tiles + tile
     if is_last(counter, tl.cdiv(positions, part)):
         finish_moments(
             b, record, node, sizes, partial, tl.cdiv(positions, part), width, part, offs_c, mask_c
@@ -186,7 +197,7 @@ def _add_d_input(
     UPCAST: tl.constexpr,
 ):
     if DEPTHWISE:
-        acc = depthwise_d_input(acc, b, record, node, offs_p, offs_c, mask_c, ALIGN)
+        acc = depthwise_d_input(acc, b, record, node, offs_p, offs_c, mask_c, MOVES, ALIGN)
     else:
         acc = product_d_input(
             acc, b, record, node, offs_p, offs_c, mask_c,
@@ -232,8 +243,8 @@ def _node_gradient(
         to = gradient_of(b, node, tl.load(record + SOURCE_GRADIENT))
         relu = tl.load(record + SOURCE_RELU)
         norm = load_source_norm(b, record, node, c_in, offs_c, mask_c)
-        total = tl.zeros([BLOCK_C], tl.float32)
-        along = tl.zeros([BLOCK_C], tl.float32)
+        total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        along = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         for start in range(begin, tl.minimum(begin + chunk * BLOCK_P, positions), BLOCK_P):
             offs_p = start + tl.arange(0, BLOCK_P)
             acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -248,12 +259,12 @@ def _node_gradient(
             g = tl.where(stops | (not mask), 0.0, acc).to(b.gradient.dtype.element_ty)
             tl.store(to + at, g, mask=mask)
             g = g.to(tl.float32)
-            total += tl.sum(g, 0)
-            along += tl.sum(g * (x - norm[0]), 0)
+            total += g
+            along += g * (x - norm[0])
         partial = b.partial + item.to(tl.int64) * parts * 2 * width
         at = partial + part * 2 * width + offs_c
-        tl.store(at, total, mask=mask_c)
-        tl.store(at + width, along, mask=mask_c)
+        tl.store(at, tl.sum(total, 0), mask=mask_c)
+        tl.store(at + width, tl.sum(along, 0), mask=mask_c)
         own_parts = tl.cdiv(positions, chunk * BLOCK_P)
         if is_last(b.counters + counters + place, own_parts):
             totals = totals_of(b, node) + 2 * tl.load(record + SOURCE_CHANNEL)
@@ -340,6 +351,7 @@ def convolution_bwd_kernel(
     ENTERS: tl.constexpr,
     SPLITS: tl.constexpr,
     CONTINUES: tl.constexpr,
+    ADDS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -347,7 +359,6 @@ def convolution_bwd_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TAPS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -363,8 +374,8 @@ def convolution_bwd_kernel(
         o_tiles, i_tiles, taps_most: of a weight, `BLOCK_O` and `BLOCK_I` channels each.
         counters: where the launch's own begin, the first range's and then the third's.
         ENTERS: whether gradients of parents' rows are wanted, and some unit reads one.
+        ADDS: whether parameters' gradients are added to what is there.
         BLOCK_D: pixels of a step of a weight's sum.
-        TAPS: room for a depthwise kernel's.
     """
     program = tl.program_id(0)
     if program < node_programs:
@@ -384,11 +395,11 @@ def convolution_bwd_kernel(
         counters += node_programs // parts
         if DEPTHWISE:
             depthwise_d_weight(
-                b, program, first, nodes, splits, o_tiles, counters, LANES, SPLITS, CONTINUES,
-                ALIGN, BLOCK_O, BLOCK_D, TAPS,
+                b, program, first, nodes, splits, o_tiles, taps_most, counters, LANES, MOVES,
+                SPLITS, CONTINUES, ADDS, ALIGN, BLOCK_O, BLOCK_D,
             )  # fmt: skip
         else:
             product_d_weight(
                 b, program, first, nodes, splits, o_tiles, i_tiles, taps_most, counters, LANES,
-                MOVES, SPLITS, CONTINUES, ALIGN, BLOCK_O, BLOCK_I, BLOCK_D, PRECISION, UPCAST,
+                MOVES, SPLITS, CONTINUES, ADDS, ALIGN, BLOCK_O, BLOCK_I, BLOCK_D, PRECISION, UPCAST,
             )  # fmt: skip

@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastshift.kernels.norm import activate, finish_totals, is_last, load_norm, normalise
+from fastshift.kernels.norm import (
+    activate,
+    finish_totals,
+    is_last,
+    load_norm,
+    load_row,
+    normalise,
+)
 from fastshift.kernels.record import (
     BLOCK_NODES,
     CHAIN,
@@ -68,38 +75,48 @@ def _load_last(b, node, chain, pixel, inside, offs_c, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_row(b, node, pixel, inside, offs_c, STEP: tl.constexpr, ALIGN: tl.constexpr):
-    """The parent's row at `[P, C]`, of every channel or of every other."""
+def _load_row(
+    b,
+    node,
+    pixel,
+    inside,
+    first_c,
+    count,
+    BLOCK_C: tl.constexpr,
+    PART: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The parent's row at `[P, C]`, of every channel or of every other, `count` in all."""
     channels = sized(b.table, ROW_CHANNELS, ALIGN)
     parent = tl.load(b.parent + node).to(tl.int64)
     x_ptr = b.rows + parent * tl.load(b.table + ROW_PIXELS) * channels
-    at = x_ptr + (pixel[:, None] * channels + (offs_c * STEP)[None, :])
-    mask = inside[:, None] & (offs_c * STEP < channels)[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return load_row(x_ptr, channels, pixel, inside, first_c, count, BLOCK_C, PART)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "tiles"])
 def frame_fwd_kernel(
     b,
     parts,
+    tiles,
     ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Write the nodes' rows, and zeros behind their statistics.
 
-    Programs `(node, tile of pixels)` x `tile of channels`. A node that is padding has zeros for
+    Programs `(node, tile of pixels, tile of channels)`. A node that is padding has zeros for
     statistics, and no row.
 
     Args:
         b: `Forward`.
-        parts: tiles of pixels of a node.
+        parts, tiles: tiles of pixels of a node, and of channels.
         ALIGN: divides every number of channels.
     """
-    part, node = tl.program_id(0) % parts, tl.program_id(0) // parts
+    tile, place = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    part, node = place % parts, place // parts
     choice = tl.load(b.choice + node)
     frame = b.frames + tl.maximum(choice, 0) * FRAME
-    if (part == 0) & (tl.program_id(1) == 0):
+    if (part == 0) & (tile == 0):
         used = tl.where(choice < 0, 0, tl.load(frame + FRAME_CHANNELS))
         _clear_statistics(b, node, used * STATISTICS, BLOCK_P)
     if choice < 0:
@@ -107,15 +124,17 @@ def frame_fwd_kernel(
     channels = sized(b.table, OUT_CHANNELS, ALIGN)
     positions = tl.load(b.table + OUT_PIXELS)
     offs_p = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = tile * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     inside = offs_p < positions
     pixel = offs_p.to(tl.int64)
     y = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     row = tl.load(frame + FRAME_ROW)
     if row == 1:
-        y = _load_row(b, node, pixel, inside, offs_c, 1, ALIGN)
+        y = _load_row(b, node, pixel, inside, first_c, channels, BLOCK_C, 2, ALIGN)
     elif row == 2:
-        y = _load_row(b, node, pixel, inside, offs_c, 2, ALIGN)
+        even = sized(b.table, ROW_CHANNELS, ALIGN) // 2
+        y = _load_row(b, node, pixel, inside, first_c, even, BLOCK_C, 0, ALIGN)
     for index in tl.static_range(2):
         chain = frame + FRAME_CHAIN + index * CHAIN
         if tl.load(chain + CHAIN_THERE) != 0:
@@ -163,8 +182,8 @@ def _last_totals(
         mask_i = offs_i < c
         offs_c = offs_i + sized(chain, CHAIN_Y_OFFSET, ALIGN)
         relu = tl.load(chain + CHAIN_RELU)
-        total = tl.zeros([BLOCK_C], tl.float32)
-        along = tl.zeros([BLOCK_C], tl.float32)
+        total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        along = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         for start in range(begin, tl.minimum(begin + chunk * BLOCK_P, positions), BLOCK_P):
             offs_p = start + tl.arange(0, BLOCK_P)
             inside = offs_p < positions
@@ -172,12 +191,12 @@ def _last_totals(
             mask, centred, y = _load_last(b, node, chain, pixel, inside, offs_c, ALIGN)
             g = _load_d_out(b, node, pixel, inside, offs_c, mask_i, ALIGN)
             g = tl.where(((y <= 0.0) & (relu != 0)) | (not mask), 0.0, g)
-            total += tl.sum(g, 0)
-            along += tl.sum(g * centred, 0)
+            total += g
+            along += g * centred
         partial = b.partial + item.to(tl.int64) * parts * 2 * width
         at = partial + part * 2 * width + offs_i
-        tl.store(at, total, mask=mask_i)
-        tl.store(at + width, along, mask=mask_i)
+        tl.store(at, tl.sum(total, 0), mask=mask_i)
+        tl.store(at + width, tl.sum(along, 0), mask=mask_i)
         own_parts = tl.cdiv(positions, chunk * BLOCK_P)
         if is_last(b.counters + place, own_parts):
             totals = totals_of(b, node) + 2 * tl.load(chain + CHAIN_CHANNEL)
@@ -213,8 +232,12 @@ def _passed_gradient(
             if passes == 1:
                 acc += _load_d_out(b, node, pixel, inside, offs_c, mask_c, ALIGN)
             elif passes == 2:
-                even = mask_c & (offs_c % 2 == 0)
-                acc += _load_d_out(b, node, pixel, inside, offs_c // 2, even, ALIGN)
+                # Half as many channels, side by side: as even ones they would be read one by one.
+                offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
+                half = tl.multiple_of(channels // 2, (ALIGN + 1) // 2)
+                even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < half, ALIGN)
+                pairs = tl.join(even, tl.zeros_like(even))
+                acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
     at = b.sums + row.to(tl.int64) * positions * channels
     at += pixel[:, None] * channels + offs_c[None, :]
     tl.store(at, acc.to(b.sums.dtype.element_ty), mask=inside[:, None] & mask_c[None, :])

@@ -68,8 +68,10 @@ def _images_kernel(
     BLOCK: tl.constexpr,
 ):
     """Write `BLOCK` neighbouring values of one image."""
-    image = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # One axis: along the others there may be 65535 programs, and there may be more images.
+    tiles = tl.cdiv(H * W * C, BLOCK)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    offs = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = offs < H * W * C
     channel = offs % C
     x = offs // C % W
@@ -117,7 +119,7 @@ def _images_triton(
     out = images.new_empty((num, height, width, channels), dtype=dtype)
     values = height * width * channels
     block, warps = _block(values)
-    _images_kernel[(triton.cdiv(values, block), num)](
+    _images_kernel[(triton.cdiv(values, block) * num,)](
         images,
         corners,
         flips,

@@ -20,8 +20,10 @@ from fastshift.kernels._launch import (
     Launch,
     blocks_of,
     ceil_div,
+    power_of_2,
     share,
     splits_of,
+    warps_of,
 )
 from fastshift.kernels.addresses import address_table
 from fastshift.kernels.convolution import convolution_bwd_kernel, convolution_fwd_kernel
@@ -32,7 +34,7 @@ from fastshift.kernels.record import Backward, Forward
 __all__ = ["backward", "backward_launches", "is_interpreted", "train", "train_launches"]
 
 FRAME_PIXELS, FRAME_CHANNELS = 32, 64
-DEPTHWISE_REGISTERS = 224  # of a thread, backward: two programs of 128 threads and more fit
+FEW_REGISTERS, MANY_REGISTERS = 128, 224  # of a thread: 512 threads fit, or 256
 
 
 @cache
@@ -132,13 +134,14 @@ def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Laun
         own = _Forward(plan, step, nodes, dtype)
         yield Launch(
             convolution_fwd_kernel,
-            (own.items * own.parts, own.tiles),
+            (own.items * own.parts * own.tiles,),
             (b,),
             {
                 "first": step.first,
                 "width": step.c_out,
                 "chunk": own.chunk,
                 "parts": own.parts,
+                "tiles": own.tiles,
                 "counters": counters,
                 **_options(plan, step, dtype, precision),
                 "BLOCK_P": own.blocks.pixels,
@@ -146,20 +149,36 @@ def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Laun
                 "BLOCK_K": own.blocks.depth,
             },
             num_warps=own.blocks.warps,
+            num_stages=own.blocks.stages,
+            max_registers=_registers(step, dtype),
         )
         counters += own.counters
-    parts = ceil_div(plan.out_pixels, FRAME_PIXELS)
+    parts, block = ceil_div(plan.out_pixels, FRAME_PIXELS), _frame_block(plan)
+    tiles = ceil_div(plan.channels[1], block)
     yield Launch(
         frame_fwd_kernel,
-        (nodes * parts, ceil_div(plan.channels[1], FRAME_CHANNELS)),
+        (nodes * parts * tiles,),
         (b,),
         {
             "parts": parts,
+            "tiles": tiles,
             "ALIGN": plan.align,
             "BLOCK_P": FRAME_PIXELS,
-            "BLOCK_C": FRAME_CHANNELS,
+            "BLOCK_C": block,
         },
+        num_warps=warps_of(FRAME_PIXELS, block, 4),
     )
+
+
+def _registers(step: Step, dtype: torch.dtype) -> int:
+    """The most of a thread, forward: few where nothing is spilled then."""
+    few = step.depthwise or not (step.continues or dtype is torch.float32)
+    return FEW_REGISTERS if few else MANY_REGISTERS
+
+
+def _frame_block(plan: LayerPlan) -> int:
+    """Channels of a frame's tile."""
+    return power_of_2(max(plan.channels), FRAME_CHANNELS)
 
 
 def _options(plan: LayerPlan, step: Step, dtype: torch.dtype, precision: str) -> dict:
@@ -190,16 +209,14 @@ class _Backward:
         self.items = nodes * step.lanes if step.continues else 0
         self.node_programs = self.items * self.tiles * self.parts
         self.row_programs = rows * self.row_tiles * self.parts if step.enters else 0
-        taps = step.kernel**2
-        self.taps_room = 1 << (taps - 1).bit_length() if step.depthwise else 1
-        self.taps_most = 1 if step.depthwise else taps
-        self.weight_out = blocks.channels if step.depthwise else blocks.weight_out
+        self.taps_most = step.kernel**2
+        self.weight_out = blocks.weight_out
         self.o_tiles = ceil_div(step.c_out, self.weight_out)
         self.i_tiles = 1 if step.depthwise else ceil_div(step.c_in, blocks.weight_in)
         per_slot = self.o_tiles * self.i_tiles * self.taps_most
         self.splits = splits_of(per_slot, ceil_div(step.out_pixels, blocks.weight_pixels))
         self.weight_tiles = plan.num_choices * step.lanes * per_slot
-        inner = self.taps_room if step.depthwise else blocks.weight_in
+        inner = 1 if step.depthwise else blocks.weight_in
         self.weight_floats = self.weight_tiles * self.splits * self.weight_out * inner
         self.programs = self.node_programs + self.row_programs + self.weight_tiles * self.splits
         self.counters = self.items * self.tiles + self.weight_tiles
@@ -212,10 +229,11 @@ class _FrameBackward:
     def __init__(self, plan: LayerPlan, nodes: int, rows: int) -> None:
         self.chunk, self.parts = share(ceil_div(plan.out_pixels, FRAME_PIXELS), MOST_PARTS)
         self.width = plan.channels[1] if plan.steps else 0
-        self.tiles = ceil_div(self.width, FRAME_CHANNELS)
+        self.block = _frame_block(plan)
+        self.tiles = ceil_div(self.width, self.block)
         self.node_programs = nodes * 2 * self.tiles * self.parts
         self.row_parts = ceil_div(plan.row_pixels, FRAME_PIXELS)
-        self.row_tiles = ceil_div(plan.channels[0], FRAME_CHANNELS)
+        self.row_tiles = ceil_div(plan.channels[0], self.block)
         self.row_programs = rows * self.row_parts * self.row_tiles
         self.counters = nodes * 2 * self.tiles
         self.partial_floats = nodes * 2 * self.parts * 2 * self.width
@@ -233,7 +251,8 @@ def backward(
     needs_rows: bool,
     precision: str = "ieee",
     d_rows: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
+    sums: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Sequence[Tensor]]:
     """Compute the gradients of `train`'s rows.
 
     Args:
@@ -242,21 +261,24 @@ def backward(
         statistics, saved: as it returned them.
         needs_rows: whether the rows' gradient is wanted.
         d_rows: memory for it, contiguous.
+        sums: what the parameters' gradients are added to, float32 and contiguous.
 
     Returns:
         The gradient of `rows`, empty where not wanted, and those of all parameters, each a tensor
-        of its own.
+        of its own, or the sums.
     """
     device, nodes = rows.device, choice.shape[0]
     if not d_out.numel():
         d_rows = torch.zeros_like(rows) if needs_rows else rows.new_empty(0)
-        return d_rows, [torch.zeros_like(p) for p in parameters]
+        return d_rows, [torch.zeros_like(p) for p in parameters] if sums is None else sums
     if d_rows is None:
         d_rows = torch.empty(rows.shape if needs_rows else 0, dtype=rows.dtype, device=device)
-    gradients = [torch.empty(p.shape, dtype=torch.float32, device=device) for p in parameters]
-    sums = d_rows
+    gradients = sums
+    if sums is None:
+        gradients = [torch.empty(p.shape, dtype=torch.float32, device=device) for p in parameters]
+    row_sums = d_rows
     if rows.dtype is not torch.float32 and any(step.enters for step in plan.steps):
-        sums = torch.empty(d_rows.shape, dtype=torch.float32, device=device)
+        row_sums = torch.empty(d_rows.shape, dtype=torch.float32, device=device)
     table, frames = plan.tables(device, kept=True)
     addresses, _ = address_table(parameters, device)
     shares = _shares(plan, nodes, rows.shape[0] if needs_rows else 0, rows.dtype)
@@ -278,11 +300,12 @@ def backward(
         totals=torch.empty(totals, dtype=torch.float32, device=device),
         d_out=d_out,
         gradient=_raw_rows(plan, nodes, plan.passing_elements, rows).view(rows.dtype),
-        sums=sums,
+        sums=row_sums,
         d_rows=d_rows,
         partial_weights=torch.empty(weight_floats, dtype=torch.float32, device=device),
     )
-    for launch in backward_launches(buffers, gradients, plan, needs_rows, precision):
+    adds = sums is not None
+    for launch in backward_launches(buffers, gradients, plan, needs_rows, precision, adds):
         launch()
     return d_rows, gradients
 
@@ -296,7 +319,12 @@ def _shares(
 
 
 def backward_launches(
-    b: Backward, gradients: Sequence[Tensor], plan: LayerPlan, needs_rows: bool, precision: str
+    b: Backward,
+    gradients: Sequence[Tensor],
+    plan: LayerPlan,
+    needs_rows: bool,
+    precision: str,
+    adds: bool,
 ) -> Iterator[Launch]:
     """The launches of a backward pass, in their order."""
     nodes, dtype = b.choice.shape[0], b.rows.dtype
@@ -317,8 +345,9 @@ def backward_launches(
             "ROWS": needs_rows,
             "ALIGN": plan.align,
             "BLOCK_P": FRAME_PIXELS,
-            "BLOCK_C": FRAME_CHANNELS,
+            "BLOCK_C": frame.block,
         },
+        num_warps=warps_of(FRAME_PIXELS, frame.block, 4),
     )
     counters = frame.counters
     # Sums in float32 go on until the last launch that adds to them, which rounds them once.
@@ -346,15 +375,16 @@ def backward_launches(
                 "counters": counters,
                 **_options(plan, step, dtype, precision),
                 "ENTERS": step.enters and needs_rows,
+                "ADDS": adds,
                 "BLOCK_P": own.blocks.pixels,
                 "BLOCK_C": own.blocks.channels,
                 "BLOCK_K": own.blocks.depth,
                 "BLOCK_O": own.weight_out,
                 "BLOCK_I": own.blocks.weight_in,
                 "BLOCK_D": own.blocks.weight_pixels,
-                "TAPS": own.taps_room,
             },
             num_warps=own.blocks.warps,
-            max_registers=DEPTHWISE_REGISTERS if step.depthwise else None,
+            num_stages=own.blocks.stages,
+            max_registers=MANY_REGISTERS,
         )
         counters += own.counters

@@ -104,8 +104,8 @@ def _loss_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Sum losses and wrong answers of one candidate over every `tiles`-th tile of `ROWS` images."""
-    tile = tl.program_id(0)
-    candidate = tl.program_id(1)
+    tile = tl.program_id(0) % tiles
+    candidate = tl.program_id(0) // tiles
     out = candidate.to(tl.int64) * tiles + tile
     if candidate >= tl.load(num_leaves_ptr):
         tl.store(loss_ptr + out, 0.0)
@@ -180,6 +180,7 @@ def _loss_bwd_kernel(
     dx_ptr,
     smoothing,
     num_images,
+    tiles,
     stride_xd,
     stride_xn,
     stride_xk,
@@ -188,9 +189,9 @@ def _loss_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the gradient of one candidate's logits for one tile of `ROWS` images."""
-    candidate = tl.program_id(1)
-    offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Write the gradient of one candidate's logits for one of `tiles` tiles of `ROWS` images."""
+    candidate = tl.program_id(0) // tiles
+    offs_n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     mask_n = offs_n < num_images
     offs_k = tl.arange(0, BLOCK_K)
     x_ptr += candidate.to(tl.int64) * (stride_xd * VEC)
@@ -247,7 +248,7 @@ def _loss_fwd_triton(
     single = tiles == 1
     loss = losses if single else logits.new_empty(candidates, tiles, dtype=torch.float32)
     wrong = wrongs if single else logits.new_empty(candidates, tiles, dtype=torch.int32)
-    _loss_fwd_kernel[(tiles, candidates)](
+    _loss_fwd_kernel[(tiles * candidates,)](
         logits,
         labels,
         num_leaves,
@@ -280,7 +281,8 @@ def _loss_bwd_triton(
     candidates, num_images, _ = logits.shape
     blocks = _blocks(logits)
     d_logits = logits.new_empty(logits.shape)
-    _loss_bwd_kernel[(triton.cdiv(num_images, blocks["ROWS"]), candidates)](
+    tiles = triton.cdiv(num_images, blocks["ROWS"])
+    _loss_bwd_kernel[(tiles * candidates,)](
         d_losses,
         logits,
         labels,
@@ -288,6 +290,7 @@ def _loss_bwd_triton(
         d_logits,
         label_smoothing,
         num_images,
+        tiles,
         *_strides(logits, blocks["VEC"]),
         **blocks,
         num_warps=4,

@@ -4,10 +4,10 @@
     d_x = scale * (d_y - S1 / n - (x - mean) * S2 / (deviation^2 * n))
     S1 = sum of d_y, S2 = sum of d_y * (x - mean)
 
-A program has the moments of its own pixels (means and squares about them: sums of squares would
-cancel far from zero), merges tile after tile (Chan, Golub and LeVeque 1979) and leaves one partial
-result; the program that finishes last for a node's channels merges all in their order. No bit
-depends on which one that is.
+Each place of a program's tile has the moments of its own pixels, one of each tile (Welford 1962:
+sums of squares would cancel far from zero); behind its last tile the program merges the places
+(Chan, Golub and LeVeque 1979) and leaves one partial result, and the program that finishes last for
+a node's channels merges all in their order. No bit depends on which one that is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastshift.kernels.record import (
     totals_of,
 )
 
-BLOCK_PARTS = tl.constexpr(16)  # partial results that are merged at a time
+BLOCK_PARTS = tl.constexpr(32)  # partial results that are merged at a time
 
 
 @triton.jit
@@ -66,31 +66,70 @@ def load_source_norm(b, record, node, c_in, offs_c, mask_c):
 
 
 @triton.jit
-def load_input(x_ptr, x_stride, pixel, offs_c, mask, norm, relu, CONTINUES: tl.constexpr):
-    """What a unit reads at some pixels and channels, `[P, C]` float32; zero outside of the mask.
+def load_row(x_ptr, x_stride, pixel, inside, start, count, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Channels `[P, BLOCK]` from `start` on of `count`: all of a row, its even or its odd ones.
+
+    Of the even (`PART` 0) and the odd ones (1), not of all (2), both are read, in whole vectors,
+    and one is dropped: every other one for itself would take an access each.
+    """
+    if PART == 2:
+        offs_c = start + tl.arange(0, BLOCK)
+        at = x_ptr + (pixel[:, None] * x_stride + offs_c[None, :])
+        x = tl.load(at, mask=inside[:, None] & (offs_c < count)[None, :], other=0.0)
+    else:
+        offs_c = 2 * start + tl.arange(0, 2 * BLOCK)
+        at = x_ptr + (pixel[:, None] * x_stride + offs_c[None, :])
+        pairs = tl.load(at, mask=inside[:, None] & (offs_c < 2 * count)[None, :], other=0.0)
+        even, odd = tl.split(tl.reshape(pairs, (pixel.shape[0], BLOCK, 2)))
+        x = odd if PART == 1 else even
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_input(
+    x_ptr,
+    x_stride,
+    pixel,
+    inside,
+    start,
+    count,
+    norm,
+    relu,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """What a unit reads at some pixels and channels, `[P, BLOCK]` float32, zero outside.
 
     Rows of a parent are as they are; those of the unit before get its batch norm and its ReLU.
     """
-    at = x_ptr + (pixel[:, None] * x_stride + offs_c[None, :])
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    x = load_row(x_ptr, x_stride, pixel, inside, start, count, BLOCK, PART)
     if CONTINUES:
+        mask = inside[:, None] & (start + tl.arange(0, BLOCK) < count)[None, :]
         x = tl.where(mask, activate(normalise(x, norm), relu), 0.0)
     return x
 
 
 @triton.jit
-def add_moments(count, mean, square, x, inside, num):
-    """Merge a tile's rows `[P, C]`, `num` of them inside, into count, means and squares."""
-    rough = tl.sum(tl.where(inside[:, None], x, 0.0), 0) / num
-    apart = tl.where(inside[:, None], x - rough[None, :], 0.0)
+def add_moments(mean, square, x, inside, tiles):
+    """Add a tile's rows `[P, C]`, the `tiles`-th, to each place's mean and square about it."""
+    apart = tl.where(inside[:, None], x - mean, 0.0)
+    mean += apart * (1.0 / tiles.to(tl.float32))
+    square += apart * (x - mean)
+    return mean, square
+
+
+@triton.jit
+def merge_moments(mean, square, offs_p, num, BLOCK_P: tl.constexpr):
+    """Merge the moments `[P, C]` of places in tiles that hold `num` pixels: `[C]` each."""
+    own = tl.cdiv(tl.maximum(num - offs_p, 0), BLOCK_P).to(tl.float32)[:, None]
+    num = num.to(tl.float32)
+    rough = tl.sum(own * mean, 0) / num
     # Far from zero a sum has more rounding than the mean may: what it missed is small, and exact.
-    missed = tl.sum(apart, 0) / num
-    total = count + num
-    delta = rough - mean + missed
-    mean += delta * (num / total)
-    square += tl.sum(apart * apart, 0) - num * missed * missed
-    square += delta * delta * (count * num / total)
-    return total, mean, square
+    apart = mean - rough[None, :]
+    missed = tl.sum(own * apart, 0) / num
+    square = tl.sum(square + own * apart * apart, 0) - num * missed * missed
+    return rough + missed, square
 
 
 @triton.jit
@@ -189,7 +228,15 @@ def load_d_raw(g_ptr, g_stride, raw_ptr, c_out, pixel, offs_c, mask, d_norm, mas
 
 
 @triton.jit
-def store_norm_gradients(b, record, choice, begin, stop, offs_c, mask_c):
+def store_gradient(to, value, mask, ADDS: tl.constexpr):
+    """Write a parameter's gradient, or add it to what is there; a place has one program."""
+    if ADDS:
+        value += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, value, mask=mask)
+
+
+@triton.jit
+def store_norm_gradients(b, record, choice, begin, stop, offs_c, mask_c, ADDS: tl.constexpr):
     """Add the totals of a choice's nodes up in their order: gradients of scale and shift."""
     c_out, channel = tl.load(record + C_OUT), tl.load(record + CHANNEL)
     d_scale = tl.zeros_like(offs_c).to(tl.float32)
@@ -203,6 +250,6 @@ def store_norm_gradients(b, record, choice, begin, stop, offs_c, mask_c):
         d_scale += tl.load(total + c_out, mask=mask, other=0.0) * inverse
     scale_at, shift_at = tl.load(record + SCALE), tl.load(record + SHIFT)
     to = parameter_at(b.destinations, scale_at) + offs_c
-    tl.store(to, d_scale, mask=mask_c & (scale_at >= 0))
+    store_gradient(to, d_scale, mask_c & (scale_at >= 0), ADDS)
     to = parameter_at(b.destinations, shift_at) + offs_c
-    tl.store(to, d_shift, mask=mask_c & (shift_at >= 0))
+    store_gradient(to, d_shift, mask_c & (shift_at >= 0), ADDS)

@@ -1,8 +1,8 @@
 """Which pixels a convolution's taps join, in the order of a row's memory.
 
 A unit's sizes come as the tuple of `sizes_of`. What does not depend on the tap is computed once
-for a tile of pixels (`*_base`), the rest for each tap (`*_at`). Without `MOVES` a unit reads the
-pixel that it writes, and nothing is computed.
+for a tile of pixels (`*_base`), the rest for each tap (`*_at`). `MOVES` is the stride of all units,
+-1 where they differ, and 0 where each reads the pixel that it writes, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,19 @@ def sizes_of(b, record, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _stride(sizes, MOVES: tl.constexpr):
+    """A constant where it can be one, since a division by it comes for each tap."""
+    stride = sizes[5]
+    if MOVES > 0:
+        stride = MOVES
+    return stride
+
+
+@triton.jit
 def read_base(sizes, offs_p, MOVES: tl.constexpr):
     """Of output pixels: row, column and place that their first tap reads, and which there are."""
-    _, _, _, positions, kernel, stride, in_height, in_width, height, width = sizes
+    _, _, _, positions, kernel, _, in_height, in_width, height, width = sizes
+    stride = _stride(sizes, MOVES)
     y, x, pixel = offs_p, offs_p, offs_p
     if MOVES:
         y = offs_p // width % height * stride - kernel // 2
@@ -84,12 +94,15 @@ def reading_base(sizes, offs_p, MOVES: tl.constexpr):
 @triton.jit
 def reading_at(sizes, base, tap, MOVES: tl.constexpr):
     """Output pixels that read input pixels through a tap, and whether there are any."""
-    _, _, _, _, kernel, stride, _, _, height, width = sizes
+    _, _, _, _, kernel, _, _, _, height, width = sizes
     y, x, pixel, inside = base
     if MOVES:
+        stride = _stride(sizes, MOVES)
         y, x = y - tap // kernel, x - tap % kernel
-        inside &= (y >= 0) & (x >= 0) & (y % stride == 0) & (x % stride == 0)
-        y, x = y // stride, x // stride
+        inside &= (y >= 0) & (x >= 0)
+        if MOVES != 1:
+            inside &= (y % stride == 0) & (x % stride == 0)
+            y, x = y // stride, x // stride
         inside &= (y < height) & (x < width)
         pixel = (pixel + y) * width + x
     return pixel.to(tl.int64), inside

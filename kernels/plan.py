@@ -182,7 +182,8 @@ class Step:
         first: where the step's records begin in the table, `[choices, lanes, FIELDS]`.
         c_in, c_out, kernel: the largest.
         in_pixels, out_pixels: of a node's rows before and behind, the largest.
-        moves: whether some unit reads other pixels than the one it writes.
+        moves: the stride of all units, -1 where they differ, and 0 where each unit reads the one
+            pixel that it writes.
         enters: whether some unit reads the parent's row.
         splits: whether some unit reads every other channel of it.
         continues: whether some unit reads another unit's rows.
@@ -196,7 +197,7 @@ class Step:
     kernel: int
     in_pixels: int
     out_pixels: int
-    moves: bool
+    moves: int
     enters: bool
     splits: bool
     continues: bool
@@ -310,6 +311,8 @@ class LayerPlan:
         found, first = [], len(HEADER)
         for at in self._at:
             units = [p.unit for p in at]
+            strides = {u.stride for u in units}
+            stays = strides == {1} and all(u.kernel == 1 for u in units)
             lanes = max(sum(p.choice == q.choice for q in at) for p in at)
             found.append(
                 Step(
@@ -321,7 +324,7 @@ class LayerPlan:
                     kernel=max(u.kernel for u in units),
                     in_pixels=self.images * max(math.prod(p.in_size) for p in at),
                     out_pixels=self.images * max(math.prod(p.out_size) for p in at),
-                    moves=any(u.kernel > 1 or u.stride > 1 for u in units),
+                    moves=0 if stays else strides.pop() if len(strides) == 1 else -1,
                     enters=any(p.index == 0 for p in at),
                     splits=any(p.index == 0 and self._ops[p.choice].splits for p in at),
                     continues=any(p.index > 0 for p in at),

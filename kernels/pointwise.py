@@ -20,6 +20,7 @@ from fastshift.kernels.norm import (
     load_d_raw,
     load_input,
     load_source_norm,
+    store_gradient,
     store_norm_gradients,
 )
 from fastshift.kernels.pixels import read_at, read_base, reading_at, reading_base, sizes_of
@@ -69,7 +70,7 @@ def product(
     x_stride,
     offs_p,
     offs_o,
-    X_STEP: tl.constexpr,
+    PART: tl.constexpr,
     CONTINUES: tl.constexpr,
     MOVES: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,8 +94,9 @@ def product(
             norm = 0
             if CONTINUES:
                 norm = load_source_norm(b, record, node, c_in, offs_i, mask_i)
-            mask = inside[:, None] & mask_i[None, :]
-            x = load_input(x_ptr, x_stride, pixel, offs_i * X_STEP, mask, norm, relu, CONTINUES)
+            x = load_input(
+                x_ptr, x_stride, pixel, inside, k, c_in, norm, relu, BLOCK_K, PART, CONTINUES
+            )
             mask = mask_i[:, None] & mask_o
             w = tl.load(w_ptr + (offs_i * taps + tap)[:, None], mask=mask, other=0.0)
             acc = _multiply(x, w, acc, b.raw.dtype.element_ty, PRECISION, UPCAST)
@@ -153,8 +155,9 @@ def _sum_d_weight(
     stop_pixel,
     tap,
     offs_o,
-    offs_i,
-    X_STEP: tl.constexpr,
+    first_i,
+    BLOCK_I: tl.constexpr,
+    PART: tl.constexpr,
     CONTINUES: tl.constexpr,
     MOVES: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -164,10 +167,11 @@ def _sum_d_weight(
 ):
     """Of all nodes of a choice, in their order, and a range of their pixels: `[O, I]`."""
     c_in, c_out, positions = sizes[0], sizes[1], sizes[3]
+    offs_i = first_i + tl.arange(0, BLOCK_I)
     mask_o, mask_i = offs_o < c_out, offs_i < c_in
     relu = tl.load(record + SOURCE_RELU)
     masks = tl.load(record + RELU) * tl.load(record + LAST)
-    acc = tl.zeros([offs_o.shape[0], offs_i.shape[0]], tl.float32)
+    acc = tl.zeros([offs_o.shape[0], BLOCK_I], tl.float32)
     for node in range(begin, stop):
         if tl.load(b.choice + node) == choice:
             x_ptr, x_stride = source_of(b, record, node, ALIGN)
@@ -179,15 +183,15 @@ def _sum_d_weight(
                 norm = load_source_norm(b, record, node, c_in, offs_i, mask_i)
             for start in range(first_pixel, stop_pixel, BLOCK_D):
                 offs_p = start + tl.arange(0, BLOCK_D)
-                own = (offs_p < stop_pixel)[:, None]
+                own = offs_p < stop_pixel
                 d_raw = load_d_raw(
                     g_ptr, g_stride, raw_ptr, c_out, offs_p.to(tl.int64), offs_o,
-                    own & mask_o[None, :], d_norm, masks,
+                    own[:, None] & mask_o[None, :], d_norm, masks,
                 )  # fmt: skip
                 pixel, inside = read_at(sizes, read_base(sizes, offs_p, MOVES), tap, MOVES)
                 x = load_input(
-                    x_ptr + (X_STEP - 1), x_stride, pixel, offs_i * X_STEP,
-                    own & inside[:, None] & mask_i[None, :], norm, relu, CONTINUES,
+                    x_ptr, x_stride, pixel, own & inside, first_i, c_in, norm, relu,
+                    BLOCK_I, PART, CONTINUES,
                 )  # fmt: skip
                 acc = _multiply(tl.trans(d_raw), x, acc, b.raw.dtype.element_ty, PRECISION, UPCAST)
     return acc
@@ -208,6 +212,7 @@ def product_d_weight(
     MOVES: tl.constexpr,
     SPLITS: tl.constexpr,
     CONTINUES: tl.constexpr,
+    ADDS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -240,21 +245,24 @@ def product_d_weight(
             if SPLITS:
                 if tl.load(record + SPLIT):
                     acc = _sum_d_weight(
-                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
-                        2, False, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
+                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o,
+                        i_tile * BLOCK_I, BLOCK_I, 1, False, MOVES, ALIGN, BLOCK_D,
+                        PRECISION, UPCAST,
                     )  # fmt: skip
                 else:
                     acc = _sum_d_weight(
-                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
-                        1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
+                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o,
+                        i_tile * BLOCK_I, BLOCK_I, 2, CONTINUES, MOVES, ALIGN, BLOCK_D,
+                        PRECISION, UPCAST,
                     )  # fmt: skip
             else:
                 acc = _sum_d_weight(
-                    b, record, sizes, choice, begin, stop, low, high, tap, offs_o, offs_i,
-                    1, CONTINUES, MOVES, ALIGN, BLOCK_D, PRECISION, UPCAST,
+                    b, record, sizes, choice, begin, stop, low, high, tap, offs_o,
+                    i_tile * BLOCK_I, BLOCK_I, 2, CONTINUES, MOVES, ALIGN, BLOCK_D,
+                    PRECISION, UPCAST,
                 )  # fmt: skip
             if (split == 0) & (tap == 0) & (i_tile == 0):
-                store_norm_gradients(b, record, choice, begin, stop, offs_o, mask_o)
+                store_norm_gradients(b, record, choice, begin, stop, offs_o, mask_o, ADDS)
             inner = tl.arange(0, BLOCK_O)[:, None] * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
             partial = b.partial_weights + place.to(tl.int64) * splits * (BLOCK_O * BLOCK_I) + inner
             tl.store(partial + split * (BLOCK_O * BLOCK_I), acc)
@@ -266,4 +274,4 @@ def product_d_weight(
                 to += (offs_o.to(tl.int64) * (c_in * taps))[:, None] + (offs_i * taps + tap)[
                     None, :
                 ]
-                tl.store(to, total, mask=mask_o[:, None] & mask_i[None, :])
+                store_gradient(to, total, mask_o[:, None] & mask_i[None, :], ADDS)

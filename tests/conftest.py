@@ -52,6 +52,20 @@ def like_a_device(monkeypatch):
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_inside)
 
 
+@pytest.fixture
+def last_program_first(monkeypatch):
+    """Have the interpreter run a launch's programs from the last to the first, once called."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+
+    def place_reversed(*index):
+        place(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    return lambda: monkeypatch.setattr(builder, "set_grid_idx", place_reversed)
+
+
 @pytest.fixture(autouse=True)
 def _kernels_stay_inside_their_tensors(request):
     """Check every access of the kernels' own tests where `make sanitize-kernels` asks for it."""

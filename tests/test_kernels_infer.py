@@ -7,6 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 import triton
 
 from fastshift import _operators_ref
@@ -299,6 +302,14 @@ def test_results_repeat_to_the_bit_whatever_stands_beside_a_node():
         parent=case.parent[order], choice=case.choice[order], moments=case.moments[order]
     )
     assert torch.equal(found[order], again)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
+def test_no_bit_depends_on_the_order_of_programs(last_program_first):
+    case = _Case(OPS["s1"](6), SHAPES["tiny"])
+    found = case.run()
+    last_program_first()
+    assert torch.equal(case.run(), found)
 
 
 def test_an_identity_is_a_copy_and_even_channels_pass_to_the_bit():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from catalogue import record
+
 from fastshift import backends, spaces
 from fastshift.errors import ConfigError
-from fastshift.kernels import _launch, addresses, plan
+from fastshift.kernels import _launch, addresses, infer, plan
 from fastshift.kernels import layer as kernels
 from fastshift.operators import implementation, layer_backward, layer_train
 from fastshift.ops import (
@@ -306,6 +311,54 @@ def test_partial_results_of_many_tiles(use, monkeypatch):
     _assert_accurate(case, use, found)
 
 
+def _small_tiles(monkeypatch):
+    """Tiles of 16 in every direction, and few programs for the pixels."""
+    chosen = kernels.blocks_of
+
+    def smallest(*sizes):
+        found, kept = dataclasses.asdict(chosen(*sizes)), ("warps", "stages")
+        return _launch.Blocks(**{k: n if k in kept else min(n, 16) for k, n in found.items()})
+
+    monkeypatch.setattr(kernels, "blocks_of", smallest)
+    monkeypatch.setattr(kernels, "FRAME_CHANNELS", 16)
+    monkeypatch.setattr(kernels, "MOST_PARTS", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("pair", (2, 20, 3, 3), torch.float32),
+        pytest.param("pair", (2, 24, 3, 3), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("s1", (2, 20, 4, 3), torch.float32, marks=pytest.mark.slow),
+        pytest.param("s2", (2, 20, 5, 4), torch.float32, marks=pytest.mark.slow),
+        pytest.param("rare", (2, 20, 4, 3), torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: NAMES.get(value) if isinstance(value, torch.dtype) else None,
+)
+def test_several_tiles_of_channels_in_every_direction(name, shape, dtype, use, monkeypatch):
+    _small_tiles(monkeypatch)
+    case = _Case(name, shape, (2, [0, 1], [0, 1]) if name == "pair" else "every_choice", dtype)
+    launches = []
+    monkeypatch.setattr(_launch.Launch, "__call__", _noting(launches))
+    found = case.trained()
+    for field in ("tiles", "row_tiles", "o_tiles", "i_tiles", "splits"):
+        most = max(launch.arguments.get(field, 0) for launch in launches)
+        assert most > 1, field
+    _assert_accurate(case, use, found)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["pair", pytest.param("s2", marks=pytest.mark.slow)])
+def test_no_bit_depends_on_the_order_of_programs(name, monkeypatch, last_program_first):
+    _small_tiles(monkeypatch)
+    case = _Case(name, (2, 20, 3, 3), (2, [0, 1, 0], [1, 0, 1]))
+    found = case.trained()
+    last_program_first()
+    again = case.trained()
+    for name, value in found.items():
+        assert torch.equal(value, again[name]), name
+
+
 def test_moments_far_from_zero(use):
     """A mean of a hundred deviations."""
     case = _Case("one", (4, 8, 5, 5), (1, [0], [1]), at=100.0)
@@ -387,6 +440,24 @@ def test_only_what_is_asked_for_is_given():
     assert torch.equal(only, whole[1][1])
 
 
+@pytest.mark.parametrize("population", [(1, [0], [1]), (1, [0, 0], [0, -1]), (1, [], [])])
+def test_gradients_may_be_added_to_what_is_there(population):
+    """To the bit; a choice that no node has adds nothing, and no other tensor is made."""
+    case = _Case("pair", (2, 4, 2, 2), population)
+    own = plan.plan_layer(case.layer, *case.rows.shape[1:])
+    given = (case.rows, case.parent, case.choice, case.parameters)
+    y, statistics, saved = kernels.train(*given, own, True)
+    dy = torch.randn(y.shape, generator=_generator(2)).to(DEVICE)
+    d_rows, gradients = kernels.backward(dy, *given, statistics, saved, own, True)
+    before = [torch.randn(p.shape, generator=_generator(3)).to(DEVICE) for p in case.parameters]
+    sums, into = [p.clone() for p in before], torch.empty_like(case.rows)
+    found, same = kernels.backward(dy, *given, statistics, saved, own, True, d_rows=into, sums=sums)
+    assert torch.equal(found, d_rows)
+    for total, returned, start, gradient in zip(sums, same, before, gradients, strict=True):
+        assert returned is total
+        assert torch.equal(total, start + gradient)
+
+
 def test_no_nodes_and_no_images_give_no_rows():
     case = _Case("one", (2, 4, 2, 2), (1, [], []))
     found = case.trained()
@@ -449,6 +520,33 @@ def test_launches_are_two_more_than_the_longest_chains_convolutions(nodes, monke
         kernels.backward(y, rows, *buffers, given, statistics, saved, own, True)
         assert 0 < len(launches) <= longest + 2
         launches.clear()
+
+
+@pytest.mark.parametrize("name", ["s1", "s2", "rare", "kernels"])
+@pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.get)
+def test_one_machine_code_serves_every_population(name, dtype, monkeypatch):
+    """Whatever the nodes, the parents and their numbers, Triton specialises a launch once."""
+    monkeypatch.setattr(kernels, "torch", torch)
+    case = _Case(name, SHAPES["easy"], dtype=dtype)
+    own = plan.plan_layer(case.layer, *case.rows.shape[1:])
+    moments_floats, size = case.layer.moments_floats, (*own.out_size, own.channels[1])
+    rng = np.random.default_rng(0)
+    keys = set()
+    for index in range(20):
+        nodes, num_rows = int(rng.integers(1, 65)), int(rng.integers(1, 33))
+        parent = _buffer(rng.integers(0, num_rows, nodes).tolist())
+        choice = _buffer(rng.integers(-1, len(case.layer.ops), nodes).tolist())
+        rows = case.rows.new_empty(num_rows, *case.rows.shape[1:])
+        given = (rows, parent, choice, case.parameters)
+        moments = torch.empty(nodes, moments_floats, device=DEVICE)
+        if index == 0:
+            kernels.address_table(case.parameters, rows.device)
+        with record() as found:
+            y, statistics, saved = kernels.train(*given, own, True)
+            kernels.backward(y, *given, statistics, saved, own, True)
+            infer.infer(*given, moments, case.layer, size)
+        keys.add(tuple(launch.key for launch in found.launches))
+    assert len(keys) == 1
 
 
 def test_a_shortest_sequence_of_steps():

@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+pytest.importorskip("triton")
+
+from catalogue import record
+
 from fastshift.data.batches import Augmentation, Normalisation
 from fastshift.kernels import images, loss, sgd
 from fastshift.optim import PathSGD
@@ -187,6 +191,14 @@ def test_a_loss_does_not_depend_on_the_other_candidates_and_repeats_bit_for_bit(
     one = torch.tensor([1], dtype=torch.int32)
     alone = [_loss_triton(x[None], labels, one, 0.1)[0] for x in logits]
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
+def test_no_bit_of_a_loss_depends_on_the_order_of_programs(last_program_first):
+    case = _loss_case((4, 37, 11))[:3]
+    found = _loss_triton(*case)
+    last_program_first()
+    assert all(map(torch.equal, _loss_triton(*case), found))
 
 
 def test_losses_of_far_away_logits_lose_nothing():
@@ -607,6 +619,23 @@ def test_a_pixel_lands_where_the_formula_says():
             _images_triton(pixels, buffers, 1).cpu(),
         ):
             assert found[0, 0].tolist() == rows
+
+
+def test_a_launch_may_have_more_images_or_candidates_than_a_second_axis_has_programs():
+    """Only along the first one there may be more than 65535."""
+    many = 70_000
+    pixels = torch.empty(many, 3, 8, 8, dtype=torch.uint8, device="meta")
+    buffers = [torch.empty(*size, device="meta") for size in ((2, many), (many,), (3,), (3,), (3,))]
+    logits, labels = torch.empty(many, 3, 5, device="meta"), torch.empty(3, device="meta")
+    leaves, slopes = torch.empty(1, device="meta"), torch.empty(many, device="meta")
+    with record() as found:
+        images._images_triton(pixels, *buffers, 1, torch.float32)
+        loss._loss_fwd_triton(logits, labels, leaves, 0.0)
+        loss._loss_bwd_triton(slopes, logits, labels, leaves, 0.0)
+    assert len(found.launches) == 3
+    for launch in found.launches:
+        assert launch.grid[0] >= many
+        assert launch.grid[1:] == (1, 1)
 
 
 def test_the_images_pass_opcheck():

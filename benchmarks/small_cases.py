@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+from catalogue import DTYPES, Case, Inputs, Network
 from torch import Tensor
 
 from fastshift.kernels import images, loss, sgd
-from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Network
 
 __all__ = ["catalogue"]
 
@@ -44,6 +44,7 @@ def _losses(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=logits + side,
         written_bytes=12 * shape[0],
         launches=2,
+        made_bytes=12 * shape[0],
         load_width=width,
         store_width=4,
         narrow=("_loss_sum_kernel",),
@@ -58,6 +59,7 @@ def _losses(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=logits + side + 4 * shape[0],
         written_bytes=logits,
         launches=1,
+        made_bytes=logits,
         load_width=width,
         store_width=width,
     )
@@ -96,6 +98,7 @@ def _steps(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=values * (8 + DTYPES[dtype].itemsize),
         written_bytes=8 * values,
         launches=1,
+        made_bytes=0,
     )
 
 
@@ -129,6 +132,7 @@ def _images(network: Network, dtype: str) -> Iterator[Case]:
         read_bytes=values + 9 * num + 9 * channels,
         written_bytes=values * DTYPES[dtype].itemsize,
         launches=1,
+        made_bytes=values * DTYPES[dtype].itemsize,
         load_width=1,  # bytes at an offset of each image's own
         store_width=min(16, block // (32 * warps) * DTYPES[dtype].itemsize),
     )

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from catalogue import DTYPES, Case, Inputs, Level, Network
 from torch import Tensor
 
-from fastshift.kernels.catalogue import DTYPES, Case, Inputs, Level, Network
 from fastshift.kernels.infer import infer
 from fastshift.kernels.layer import backward, train
 from fastshift.kernels.plan import Op, plan_layer
@@ -59,6 +59,7 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         read_bytes=rows + parameters,
         written_bytes=out + statistics + size * own,
         launches=convolutions + 2,
+        made_bytes=out + statistics + size * own,
         **common,
     )
 
@@ -66,18 +67,22 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         make = Inputs(device, 1)
         given = _given(level, dtype, device)
         y, *kept = train(*given, plan, True)
-        return make.normal(*y.shape, dtype=y.dtype), *given, *kept, plan, True
+        d_rows = torch.empty_like(given[0])
+        sums = [torch.zeros_like(parameter) for parameter in given[3]]
+        d_y = make.normal(*y.shape, dtype=y.dtype)
+        return d_y, *given, *kept, plan, True, d_rows, sums
 
     yield Case(
         "layer_backward",
         site,
         dtype,
         after,
-        backward,
+        _backward_into,
         flops=2 * flops,
-        read_bytes=out + rows + parameters + statistics + size * own,
+        read_bytes=out + rows + 2 * parameters + statistics + size * own,
         written_bytes=rows + parameters,
         launches=convolutions + 2,
+        made_bytes=0,
         **common,
     )
 
@@ -98,8 +103,15 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         read_bytes=rows + parameters + moments,
         written_bytes=out,
         launches=3 if longest > 1 else 2,
+        made_bytes=out,
         **common,
     )
+
+
+def _backward_into(*given: Any, precision: str = "ieee") -> Any:
+    """The backward pass into memory that is there, as captured steps want it."""
+    *given, d_rows, sums = given
+    return backward(*given, precision, d_rows=d_rows, sums=sums)
 
 
 def _given(level: Level, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

@@ -39,9 +39,12 @@ __all__ = [
     "recorded",
 ]
 
-# Files of this package that have a `catalogue`, in the order of the table.
+# Files beside this one that have a `catalogue`, in the order of the table.
 LISTED: tuple[str, ...] = ("small_cases", "layer_cases")
 
+# Constants that choose what a kernel does; others are sizes.
+FLAGS = ("LANES", "DEPTHWISE", "MOVES", "SPLITS", "CONTINUES", "ENTERS", "VARIANTS", "ADDS")
+FLAGS += ("SMOOTHED",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Types and alignments do not depend on the architecture.
 _BACKEND = GPUTarget("cuda", 90, 32)
@@ -147,6 +150,13 @@ class Launch:
         return self.kernel.fn.__name__
 
     @property
+    def variant(self) -> str:
+        """Which of a kernel's bodies are compiled: its name and the flags that choose."""
+        named = ((name, self.constexprs.get((i,))) for i, name in enumerate(self.signature))
+        flags = (f"{name}={int(value)}" for name, value in named if name in FLAGS)
+        return " ".join((self.name, *flags))
+
+    @property
     def key(self) -> str:
         """What two launches share that run the same machine code."""
         parts = (self.signature, self.constexprs, self.attrs, sorted(self.options.items()))
@@ -166,6 +176,7 @@ class Case:
         flops: multiply-adds of the definition.
         read_bytes, written_bytes: of inputs and outputs, each touched once.
         launches: how many kernels may start, PyTorch's own included.
+        made_bytes: of the tensors that may be made: results, and what stands at a block's boundary.
         load_width, store_width: bytes of the widest accesses that the shape admits, at most 16.
         narrow: kernels whose accesses may be narrower, since they touch next to nothing.
         dot: whether it is a matrix product, so that tensor cores are expected.
@@ -180,6 +191,7 @@ class Case:
     read_bytes: int
     written_bytes: int
     launches: int
+    made_bytes: int
     load_width: int = 16
     store_width: int = 16
     narrow: tuple[str, ...] = ()
@@ -250,7 +262,7 @@ def record() -> Iterator[Recording]:
         found.launches.append(_launch(kernel, grid, args, kwargs))
 
     def note_interpreted(kernel: InterpretedFunction, *args: Any, **kwargs: Any) -> None:
-        note(_jitted(kernel.fn), *args, **kwargs)
+        note(_jitted(kernel), *args, **kwargs)
 
     with (
         mock.patch.object(JITFunction, "run", note),
@@ -261,8 +273,8 @@ def record() -> Iterator[Recording]:
 
 
 @cache
-def _jitted(function: Callable) -> JITFunction:
-    return JITFunction(function)
+def _jitted(kernel: InterpretedFunction) -> JITFunction:
+    return JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"])
 
 
 def _launch(kernel: JITFunction, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
@@ -289,7 +301,7 @@ def cases(network: Network, dtype: str) -> Iterator[Case]:
         dtype: one of `DTYPES`.
     """
     for name in LISTED:
-        yield from importlib.import_module(f"fastshift.kernels.{name}").catalogue(network, dtype)
+        yield from importlib.import_module(name).catalogue(network, dtype)
 
 
 def recorded(case: Case) -> Recording:
