@@ -105,8 +105,12 @@ def backward(
     needs: Sequence[bool],
     *,
     d_rows: Tensor | None = None,
+    sums: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of `train`'s rows; that of the rows above goes into `d_rows` if given."""
+    """Gradients of `train`'s rows; that of the rows above goes into `d_rows` if given.
+
+    Those of all parameters are added to `sums` if given, contiguous and float32.
+    """
     from fastshift.kernels import layer as kernels
 
     plan = plan_layer(layer, *map(int, rows.shape[1:]))
@@ -123,5 +127,6 @@ def backward(
             needs[0],
             fp32_precision(),
             d_rows=d_rows,
+            sums=sums,
         )
     return d_rows, [g for g, needed in zip(gradients, needs[1:], strict=True) if needed]

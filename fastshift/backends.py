@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +14,7 @@ from fastshift.errors import ConfigError
 
 __all__ = ["BACKENDS", "backend", "backends", "cuda_backend", "is_interpreted"]
 
+OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -23,16 +26,26 @@ def backends() -> dict[str, str | None]:
 def _reason(name: str) -> str | None:
     if name != "triton":
         return None
-    if not _has_triton():
-        return "triton is not installed"
+    lacking = _lacks_triton()
+    if lacking:
+        return lacking
     if not is_interpreted() and not torch.cuda.is_available():
         return "there is no CUDA device, and TRITON_INTERPRET=1, for tests without one, is not set"
     return None
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _lacks_triton() -> str | None:
+    """Why the kernels cannot be compiled at all; None where they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # a build of another name, with its own PyTorch
+        return None
+    if tuple(map(int, re.findall(r"[0-9]+", found)[:2])) < OLDEST_TRITON:
+        return f"triton is {found}; expected {'.'.join(map(str, OLDEST_TRITON))} or newer"
+    return None
 
 
 def is_interpreted() -> bool:
@@ -57,9 +70,14 @@ def cuda_backend() -> str:
     """Likewise on a CUDA device: `triton`, or `reference`.
 
     Raises:
-        ConfigError: the one asked for is unknown.
+        ConfigError: the one asked for is unknown, or is Triton's and cannot be compiled.
     """
-    return "triton" if _asked("triton") == "triton" and _has_triton() else "reference"
+    if _asked("triton") != "triton":
+        return "reference"
+    lacking = _lacks_triton()
+    if lacking and os.environ.get("FASTSHIFT_BACKEND"):
+        raise ConfigError(f"FASTSHIFT_BACKEND: 'triton' cannot run: {lacking}")
+    return "reference" if lacking else "triton"
 
 
 def _asked(default: str) -> str:

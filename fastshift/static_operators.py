@@ -136,7 +136,11 @@ def _backward_into(
     described = parse_layer(layer)
     if _is_triton(rows, parameters, layer):
         needs = [wanted] + [True] * len(parameters)
-        found = _operators_triton.backward(
+        for gradient in gradients:
+            if gradient.dtype is not torch.float32 or not gradient.is_contiguous():
+                shown = f"{tuple(gradient.shape)} of {gradient.dtype}"
+                raise ValueError(f"gradients: {shown}; expected contiguous float32")
+        _operators_triton.backward(
             d_out,
             rows,
             parent,
@@ -147,9 +151,8 @@ def _backward_into(
             described,
             needs,
             d_rows=d_rows if wanted else None,
-        )[1]
-        if found:
-            torch._foreach_add_(gradients, found)
+            sums=gradients,
+        )
         return
     # Adding a zero changes no value, and is not worth the time for what no node uses.
     used = used_parameters(described, choice, [True] * len(parameters))

@@ -597,7 +597,7 @@ def test_triton_says_why_it_cannot_run(use, monkeypatch):
     assert backends.backends()["triton"] is None
     with pytest.raises(ConfigError, match="rows are on a CPU, and TRITON_INTERPRET=1"):
         implementation(case.layer, rows, case.parameters)
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "_lacks_triton", lambda: "triton is not installed")
     with pytest.raises(ConfigError, match="triton is not installed"):
         implementation(case.layer, rows, case.parameters)
 

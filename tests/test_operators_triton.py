@@ -28,7 +28,7 @@ def test_scoring_and_training_multiply_in_the_precision_that_pytorch_is_asked_fo
     monkeypatch.setattr(infer, "infer", lambda *_, precision, out: found.append(precision))
     monkeypatch.setattr(layer, "train", lambda *given, into: found.append(given[6]))
     monkeypatch.setattr(
-        layer, "backward", lambda *given, d_rows: found.append(given[9]) or (None, [])
+        layer, "backward", lambda *given, d_rows, sums: found.append(given[9]) or (None, [])
     )
     own, rows = _layer(), torch.zeros(1, 2, 2, 2, 4)
     node, given = torch.zeros(1, dtype=torch.int32), [torch.zeros(s) for s in _layer().shapes]
