@@ -49,14 +49,15 @@ SANITIZE := build/sanitize
 SANITIZE_CXX = $${CXX:-g++}
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -DFS_EMULATE
 SANITIZED := tests/test_cpu.py tests/test_operators.py tests/test_levels.py tests/test_population.py tests/test_sampler.py tests/test_trie_plan.py
+SANITIZED_RUN = LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
+	$(BIN)/pytest -q --capture=sys -p no:cacheprovider
 
 sanitize: $(VENV)/.made-test
 	FASTSHIFT_CXXFLAGS="$(SANITIZE_FLAGS)" \
 	    $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
-	LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(CURDIR)/$(SANITIZE)/lib \
-	    $(BIN)/pytest -q --capture=sys -p no:cacheprovider $(SANITIZED) $(ARGS)
+	$(SANITIZED_RUN) -m "not slow" $(SANITIZED) $(ARGS)
+	$(SANITIZED_RUN) -m slow -k "training_pass or inference_" tests/test_cpu.py $(ARGS)
 
 # The Triton kernels' tests under the interpreter, each access checked against the tensors' memory.
 sanitize-kernels: $(VENV)/.made-test

@@ -224,6 +224,38 @@ def _lever_table(rows: list[Row]) -> str:
     return _table(head + [f"without {lever}" for lever in LEVERS], lines)
 
 
+SHORT = {
+    "evaluator": "a generation of 50 is scored {} times as fast as by the best of PyTorch, one "
+    "path at a time",
+    "accumulate": "trained on {} times as fast",
+    "pre-training step": "a single path is trained {} times as fast",
+    "generation": "and a whole generation of search and updates is {} times as fast as the "
+    "released code's loop",
+}
+
+
+def _in_short(rows: list[Row]) -> str:
+    """One sentence of the ranges in fp32 on one thread, and how many rows meet what was asked."""
+    parts = []
+    for item, text in SHORT.items():
+        found = [
+            row["ratio"]
+            for row in rows
+            if (row["item"], row["precision"], row["threads"]) == (item, "fp32", 1)
+        ]
+        if found:
+            spread = dict.fromkeys((_number(min(found)), _number(max(found))))
+            parts.append(text.format(" to ".join(spread)))
+    asked = [
+        (FLOORS[key], row) for row in rows if (key := (row["item"], row["precision"])) in FLOORS
+    ]
+    met = sum(floor.met(row) for floor, row in asked)
+    sentence = f"In short, in fp32 on one thread: {', '.join(parts)}. " if parts else ""
+    return (
+        f"{sentence}What was asked beforehand (*floor*) is met by {met} of {len(asked)} rows.\n\n"
+    )
+
+
 def summary(record: dict[str, Any]) -> str:
     """The README's section: each figure beside its floor, the levers, and the conditions."""
     rows = _with_shares(record)
@@ -248,7 +280,7 @@ def summary(record: dict[str, Any]) -> str:
         "",
         "aim",
     )
-    text = (
+    text = _in_short(rows) + (
         "How many times as fast as PyTorch, in one run, the two in turns where the record says so. "
         "The baseline is the "
         "fastest of PyTorch channels first and last, one path at a time, cached data, no gradients "

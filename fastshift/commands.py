@@ -111,6 +111,9 @@ def _search(config: Config, stop: Stop) -> int:
         config.require("space")
     goes_on = open_run(config)
     if goes_on and _is_finished(config):
+        if not config["quiet"]:
+            out = config["out"]
+            print(f"fastshift: {out}: finished before; remove it to start anew", file=sys.stderr)
         return _show(config)
     data = load_data(config)
     options = config.part(SearchOptions, constraints=config.part(ConstraintOptions).given())

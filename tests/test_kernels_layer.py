@@ -348,7 +348,9 @@ def test_several_tiles_of_channels_in_every_direction(name, shape, dtype, use, m
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["pair", pytest.param("s2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("pair", "s2")]
+)
 def test_no_bit_depends_on_the_order_of_programs(name, monkeypatch, last_program_first):
     _small_tiles(monkeypatch)
     case = _Case(name, (2, 20, 3, 3), (2, [0, 1, 0], [1, 0, 1]))

@@ -146,6 +146,13 @@ def test_a_dirty_tree_and_a_failure_show(record):
         assert "Failed, so without a row: blocks::test_inference[c]" in text
 
 
+def test_the_figures_in_short_come_first(record):
+    assert summary(record).startswith(
+        "In short, in fp32 on one thread: trained on 4.40 times as fast. What was asked beforehand "
+        "(*floor*) is met by 3 of 5 rows."
+    )
+
+
 def test_a_share_of_the_ceiling_is_of_the_same_rounds():
     """The machine slows down by ten in one round: so does its matrix product."""
     found = figures([1.0, 10.0, 1.0], {"eager": [2.0, 20.0, 2.0]}, peaks=[1.0, 100.0, 10.0, 100.0])
