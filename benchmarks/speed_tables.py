@@ -144,8 +144,10 @@ def _summary_line(item: str, precision: str, rows: list[Row]) -> list[str]:
     first = rows[0]
     aim = floor.aim
     if aim:
-        met = sum(map(floor.aim_met, rows))
-        aim += ": met" if met == len(rows) else f": {met} of {len(rows)}"
+        known = [row for row in rows if floor.aim_field in row]
+        met = sum(map(floor.aim_met, known))
+        aim += f": {met} of {len(known)}" if met < len(known) else ": met"
+        aim = aim if known else f"{floor.aim}: not measured"
     what = item + (f", {first['what']}" if "what" in first else "")
     return [
         what,
@@ -281,7 +283,8 @@ def summary(record: dict[str, Any]) -> str:
         "aim",
     )
     text = _in_short(rows) + (
-        "How many times as fast as PyTorch, in one run, the two in turns where the record says so. "
+        "How many times as fast as PyTorch, each beside its baselines in one run, the two in turns "
+        "where the record says so; rows may be of different runs, listed below. "
         "The baseline is the "
         "fastest of PyTorch channels first and last, one path at a time, cached data, no gradients "
         "in scoring, same precision (bf16: autocast, and for inference cast weights); *with folded "

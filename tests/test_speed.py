@@ -125,6 +125,7 @@ def test_a_missed_floor_is_said_to_be_missed(record):
     assert "1.50 s" in line_of(text, "first evaluation")
     assert "**missed**" in line_of(text, "first evaluation")
     assert "-39 %" in line_of(text, "memory, train")
+    assert "50 % of ceiling: not measured" in line_of(text, "accumulate")
     assert "0.02 (2.00)" in text
 
 
