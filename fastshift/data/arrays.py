@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastshift.backends import cuda_backend
 from fastshift.data.batches import Normalisation, Source, TrainBatches
 from fastshift.data.options import Options
 from fastshift.data.splits import check_labels
@@ -101,7 +101,7 @@ class ArraySource(Source):
         if (
             not options.device.startswith("cuda")
             or num_bytes > MOST_BYTES
-            or find_spec("triton") is None
+            or cuda_backend() != "triton"
         ):
             return plain
         try:
