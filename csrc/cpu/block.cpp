@@ -11,10 +11,6 @@
 namespace fastshift::cpu {
 namespace {
 
-// Hidden rows that inference holds at a time, within the second-level cache unless one image has
-// more; and positions that a product still runs well with.
-constexpr int64_t kTileBytes = 384 * 1024, kTilePositions = 96;
-
 // Group moments, merged in order (Chan, Golub and LeVeque 1979), to a unit's statistics.
 void finish_statistics(const double* sums, int groups, const std::vector<int64_t>& counts,
                        int64_t channels, const Weights& weights, float* statistics) {
@@ -45,17 +41,6 @@ void finish_statistics(const double* sums, int groups, const std::vector<int64_t
     statistics[3 * channels + c] =
         static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - mean[c] * scale);
     statistics[4 * channels + c] = static_cast<float>(inverse);
-  }
-}
-
-// Batch norm by fixed statistics as scale * x + shift.
-void fold(const Weights& weights, const Moments& moments, int64_t channels, float* scale,
-          float* shift) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const double by = (weights.gamma ? weights.gamma[c] : 1.0) /
-                      std::sqrt(static_cast<double>(moments.variance[c]) + weights.eps);
-    scale[c] = static_cast<float>(by);
-    shift[c] = static_cast<float>((weights.beta ? weights.beta[c] : 0.0) - moments.mean[c] * by);
   }
 }
 
@@ -150,6 +135,8 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
         task.geometry = geometry;
         task.first_image = group_start(group, groups, images.count);
         task.stop_image = group_start(group + 1, groups, images.count);
+        task.stop_line = height;
+        task.x_lines = geometry.height;
         task.x = source;
         task.prologue = prologue;
         task.weight = weight;
@@ -184,98 +171,6 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
                   });
   }
   run(main_chain(), residual);
-}
-
-void Block::infer(const Kernels& kernels, const Images& images, const void* x,
-                  const std::vector<Weights>& weights, const std::vector<Moments>& moments,
-                  void* y, bool pooled, int threads, PackedWeights* packed) const {
-  if (images.count == 0) return;
-  PackedWeights own_packed(*this);
-  if (!packed) packed = &own_packed;
-  const Element element = images.element;
-  // Hidden rows of a few images at a time, so that they stay in cache from unit to unit.
-  std::vector<Geometry> geometry(num_units());
-  int64_t hidden = 1, scratch = 0, out_positions = 0;
-  for (const Chain& chain : {main_chain(), shortcut_chain()}) {
-    int64_t height = images.height, width = images.width;
-    for (int index = chain.first; index < chain.stop; ++index) {
-      const Unit& unit = units_[index];
-      const Geometry& g = geometry[index] = geometry_of(unit, height, width);
-      height = g.out_height;
-      width = g.out_width;
-      if (index < chain.stop - 1) hidden = std::max(hidden, unit.out_channels * height * width);
-      if (index == main_units_ - 1) out_positions = height * width;
-      scratch = std::max(scratch, kernels.scratch(g, unit.depthwise));
-    }
-  }
-  std::vector<const float*> weight(num_units());
-  for (int64_t index = 0; index < num_units(); ++index) {
-    weight[index] =
-        packed->get(kernels, units_[index], index, weights[index].weight, true, element);
-  }
-  int64_t norm_floats = 0;
-  for (const Unit& unit : units_) norm_floats += 2 * unit.out_channels;
-  float* norms = scratch_memory<float>(kNorm, norm_floats);
-  std::vector<Affine> affine(num_units());
-  for (int64_t index = 0; index < num_units(); ++index) {
-    const int64_t channels = units_[index].out_channels;
-    fold(weights[index], moments[index], channels, norms, norms + channels);
-    affine[index] = {norms, norms + channels, units_[index].relu};
-    norms += 2 * channels;
-  }
-  // Tiles enough for some threads, where images are small.
-  const int64_t few = std::max((images.count + 15) / 16, kTilePositions / out_positions + 1);
-  const int64_t tile =
-      std::clamp<int64_t>(std::min(kTileBytes / (2 * hidden * size_of(element)), few), 1, images.count);
-  const int tiles = static_cast<int>((images.count + tile - 1) / tile);
-  const int64_t positions = images.height * images.width;
-  const bool aside = num_units() > main_units_ && frame_ == Frame::residual;
-  parallel(tiles, threads, [&](int index) {
-    const int64_t first = index * tile, count = std::min(tile, images.count - first);
-    const void* from = after(x, first * positions * in_channels_, element);
-    void* to = after(y, first * (pooled ? 1 : out_positions) * out_channels_,
-                     pooled ? kFloat32 : element);
-    const int64_t half = (count * hidden * size_of(element) + 63) / 64 * 64;
-    char* work = scratch_memory<char>(kHidden, 2 * half);
-    char* const buffers[2] = {work, work + half};
-    float* memory = scratch_memory<float>(kScratch, scratch);
-    const auto run = [&](const Chain& chain, Source residual, void* target) {
-      Source source{after(from, chain.x_offset, element), in_channels_, chain.x_step};
-      for (int i = chain.first; i < chain.stop; ++i) {
-        const Unit& unit = units_[i];
-        const bool last = i == chain.stop - 1;
-        Forward task{};
-        task.geometry = geometry[i];
-        task.stop_image = count;
-        task.x = source;
-        task.weight = weight[i];
-        task.y = last ? Target{after(target, chain.y_offset, element), out_channels_, 1}
-                      : Target{buffers[i % 2], unit.out_channels, 1};
-        task.epilogue = affine[i];
-        if (last) task.residual = residual;
-        if (last && pooled) task.pooled = static_cast<float*>(target);
-        (unit.depthwise ? kernels.depthwise_forward : kernels.product_forward)[element](task, memory);
-        source = {task.y.data, task.y.row, 1};
-      }
-    };
-    Source residual{nullptr, 0, 1};
-    if (num_units() > main_units_) {
-      // A product overwrites its rows before the residual is added, so that has rows of its own.
-      void* shortcut = to;
-      if (aside) {
-        shortcut = scratch_memory<char>(
-            kShortcut, count * out_positions * out_channels_ * size_of(element));
-      }
-      run(shortcut_chain(), residual, shortcut);
-      if (aside) residual = {shortcut, out_channels_, 1};
-    } else if (frame_ == Frame::residual) {
-      residual = {from, in_channels_, 1};
-    } else if (frame_ == Frame::shuffle) {
-      kernels.apply[element]({0, count * positions, in_channels_ / 2, {from, in_channels_, 2},
-                     {nullptr, nullptr, false}, {nullptr, 0, 1}, {to, out_channels_, 1}});
-    }
-    run(main_chain(), residual, to);
-  });
 }
 
 }  // namespace fastshift::cpu

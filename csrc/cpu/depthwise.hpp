@@ -8,6 +8,9 @@ constexpr int kBackwardGroup = 2;
 // Keeps the compiler from holding every weight in a register that it then has to spill.
 #define FS_OPAQUE(pointer) asm volatile("" : "+r"(pointer))
 
+// Where line y of a ring of `lines` is. A division takes as long as a good part of a short line.
+inline int64_t slot_of(int64_t y, int64_t lines) { return y < lines ? y : y % lines; }
+
 inline int64_t padded_width(const Geometry& g) { return g.width + g.kernel - 1; }
 
 inline int64_t depthwise_scratch(const Geometry& g) {
@@ -17,24 +20,26 @@ inline int64_t depthwise_scratch(const Geometry& g) {
 }
 
 // Asks for the vectors of a line that is read soon, in the order in which lines are read: they lie
-// too far apart for the hardware to foresee. x: `height` lines of `width` rows an image.
+// too far apart for the hardware to foresee. x: of lines [first, stop) of each image, `width` rows
+// a line and `lines` a ring.
 template <class T>
 struct LineAhead {
   Source x;
-  int64_t height, width, stop_image;
+  int64_t first, stop, lines, width, stop_image;
   int total, group_size, distance;
 
   void ask(int64_t image, int group, int64_t y) const {
     y += distance;
-    while (y >= height) {
-      y -= height;
+    while (y >= stop) {
+      y -= stop - first;
       group += group_size;
       if (group >= total) {
         group = 0;
         if (++image == stop_image) return;
       }
     }
-    const T* from = row_of<T>(x, (image * height + y) * width) + group * kLanes * x.step;
+    const int64_t row = (image * lines + slot_of(y, lines)) * width;
+    const T* from = row_of<T>(x, row) + group * kLanes * x.step;
     const int64_t bytes = group_size * kLanes * x.step * static_cast<int64_t>(sizeof(T));
     for (int64_t i = 0; i < width; ++i, from += x.row) {
       const char* line = reinterpret_cast<const char*>(from);
@@ -74,13 +79,14 @@ struct Reader {
   int width() const { return (vectors - 1) * kLanes + last; }  // channels of all
 
   // Line y of an image, padded, into `to`; one vector's line is `plane` after the one before.
-  void line(const Geometry& g, int64_t image, int64_t y, Vec* to, int64_t plane) const {
+  void line(const Geometry& g, int64_t lines, int64_t image, int64_t y, Vec* to,
+            int64_t plane) const {
     const int64_t pad = g.kernel / 2, padded = padded_width(g);
     if (y < 0 || y >= g.height) {
       for (int v = 0; v < vectors; ++v) clear_line(to + v * plane, padded);
       return;
     }
-    const T* from = row_of<T>(x, (image * g.height + y) * g.width) + channel * x.step;
+    const T* from = row_of<T>(x, (image * lines + slot_of(y, lines)) * g.width) + channel * x.step;
     for (int v = 0; v < vectors; ++v) {
       Vec* here = to + v * plane;
       for (int64_t i = 0; i < pad; ++i) here[i] = here[padded - 1 - i] = Vec{};
@@ -160,8 +166,12 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
   Vec* const ring = reinterpret_cast<Vec*>(scratch);
   Vec* const line = ring + kForwardGroup * plane;
   const int total = static_cast<int>(round_up(channels, kLanes) / kLanes);
-  const LineAhead<T> ahead{task.x, g.height, g.width, task.stop_image, total, kForwardGroup,
-                           Kernel / 2 + 2};
+  const int64_t first_read = task.first_line * Stride;
+  const int64_t first_from = first_read < kPad ? 0 : first_read - kPad;
+  const int64_t last_from = (task.stop_line - 1) * Stride + Kernel - kPad;
+  const int64_t stop_from = last_from < g.height ? last_from : g.height;
+  const LineAhead<T> ahead{task.x, first_from, stop_from, task.x_lines, g.width, task.stop_image,
+                           total, kForwardGroup, Kernel / 2 + 2};
   for (int64_t image = task.first_image; image < task.stop_image; ++image) {
     for (int group = 0; group < total; group += kForwardGroup) {
       const int vectors = total - group < kForwardGroup ? total - group : kForwardGroup;
@@ -173,11 +183,11 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
           shift[c / kLanes - group][c % kLanes] = static_cast<float>(task.sums[c]);
         }
       }
-      int64_t read = 0;  // padded lines in the ring so far
-      for (int64_t y = 0; y < g.out_height; ++y) {
+      int64_t read = first_read;  // padded lines in the ring so far
+      for (int64_t y = task.first_line; y < task.stop_line; ++y) {
         for (; read < y * Stride + Kernel; ++read) {
           const int64_t from = read - kPad;
-          reader.line(g, image, from, ring + read % Kernel * padded, plane);
+          reader.line(g, task.x_lines, image, from, ring + read % Kernel * padded, plane);
           if (from >= 0 && from < g.height) ahead.ask(image, group, from);
         }
         const int64_t row = (image * g.out_height + y) * g.out_width;
@@ -343,10 +353,10 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
   Vec* const draws = inputs + kBackwardGroup * plane;
   Vec* const line = draws + kBackwardGroup * plane;
   const int total = static_cast<int>(round_up(channels, kLanes) / kLanes);
-  const LineAhead<T> ahead{task.x, g.height, g.width, task.stop_image, total, kBackwardGroup,
-                           Kernel / 2 + 2};
-  const LineAhead<T> raw_ahead{task.raw, g.out_height, g.out_width, task.stop_image, total,
-                               kBackwardGroup, Kernel / 2 / Stride + 2};
+  const LineAhead<T> ahead{task.x, 0, g.height, g.height, g.width, task.stop_image,
+                           total, kBackwardGroup, Kernel / 2 + 2};
+  const LineAhead<T> raw_ahead{task.raw, 0, g.out_height, g.out_height, g.out_width,
+                               task.stop_image, total, kBackwardGroup, Kernel / 2 / Stride + 2};
   LineAhead<T> gradient_ahead = raw_ahead;
   gradient_ahead.x = task.gradient;
   const Expanding nothing{};
@@ -366,7 +376,7 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
         for (; read < y + Kernel; ++read) {
           const int64_t at = read % Kernel * padded;
           const int64_t from = read - kPad;
-          reader.line(g, image, from, inputs + at, plane);
+          reader.line(g, g.height, image, from, inputs + at, plane);
           draw_reader.template line<Kernel, Stride>(image, from, draws + at, plane);
           if (from < 0 || from >= g.height) continue;
           ahead.ask(image, group, from);

@@ -42,6 +42,8 @@ struct Target {
 struct Forward {
   Geometry geometry;
   int64_t first_image, stop_image;
+  int64_t first_line, stop_line;  // of outputs; not all of an image's: of one image alone
+  int64_t x_lines;                // line i of an image of x is where line i % x_lines would be
   Source x;
   Affine prologue;      // of x
   const float* weight;  // packed

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -13,26 +14,55 @@
 namespace fastshift::cpu {
 namespace {
 
+// A thread that has nothing to do looks for work this long before it sleeps: waking one takes about
+// as long, which is a good part of a small block.
+constexpr std::chrono::microseconds kSpin{40};
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Whether `done` came true within that time.
+template <class Done>
+bool spin(const Done& done) {
+  const auto stop = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < stop);
+  return false;
+}
+
 class Pool {
  public:
   void run(int count, int threads, const std::function<void(int)>& task) {
     const std::lock_guard<std::mutex> one_caller(caller_);
+    bool wakes = false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < threads - 1) {
         const int index = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, index, seen = round_] { work(index, seen); });
+        workers_.emplace_back([this, index, seen = round_.load()] { work(index, seen); });
       }
       task_ = &task;
       count_ = count;
       next_.store(0);
-      wanted_ = busy_ = threads - 1;
+      wanted_.store(threads - 1);
+      busy_.store(threads - 1);
       ++round_;
+      wakes = sleeping_ > 0;
     }
-    start_.notify_all();
+    if (wakes) start_.notify_all();
     take();
+    if (spins()) spin([this] { return busy_.load() == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, [this] { return busy_.load() == 0; });
     if (const std::exception_ptr error = std::exchange(error_, nullptr)) {
       std::rethrow_exception(error);
     }
@@ -52,10 +82,14 @@ class Pool {
 
   void work(int index, long seen) {
     for (;;) {
+      const auto begins = [&] { return round_.load() != seen; };
+      if (spins()) spin(begins);
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        start_.wait(lock, [&] { return round_ != seen; });
-        seen = round_;
+        ++sleeping_;
+        start_.wait(lock, begins);
+        --sleeping_;
+        seen = round_.load();
         if (index >= wanted_) continue;
       }
       take();
@@ -66,13 +100,17 @@ class Pool {
     }
   }
 
+  // Where threads have to share cores, one that looks for work keeps another from doing it.
+  bool spins() const { return wanted_.load() < cores_; }
+
   std::mutex caller_, mutex_;
   std::condition_variable start_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int)>* task_ = nullptr;
-  std::atomic<int> next_{0};
-  int count_ = 0, wanted_ = 0, busy_ = 0;
-  long round_ = 0;
+  std::atomic<int> next_{0}, wanted_{0}, busy_{0};
+  const int cores_ = static_cast<int>(std::thread::hardware_concurrency());
+  int count_ = 0, sleeping_ = 0;
+  std::atomic<long> round_{0};
   std::exception_ptr error_;
 };
 

@@ -209,7 +209,8 @@ void product_forward(const Forward& task, float* scratch) {
   if (kPairs<T>) tile_setup();
   const Geometry& g = task.geometry;
   const int64_t per_image = g.out_height * g.out_width;
-  const int64_t begin = task.first_image * per_image, end = task.stop_image * per_image;
+  const int64_t begin = task.first_image * per_image + task.first_line * g.out_width;
+  const int64_t end = (task.stop_image - 1) * per_image + task.stop_line * g.out_width;
   const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
   const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
   const bool streams = g.kernel == 1 && g.stride == 1;
