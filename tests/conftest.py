@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+from block_cases import ABLE, Poisoned
+
+from fastshift import cpu
 
 
 @pytest.fixture
@@ -78,3 +81,51 @@ def _kernels_stay_inside_their_tensors(request):
     with watch() as found:
         yield
     assert not found.violations, found.violations[:3]
+
+
+@pytest.fixture
+def new_memory_is_nan(monkeypatch):
+    """What `Tensor.new_empty` gives is full of NaN, or of one number: what is not written shows."""
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+# Of the tests of the operators and of the compiled CPU kernels
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Choose the operators' implementation by its name; the machine's own without."""
+    monkeypatch.delenv("FASTSHIFT_BACKEND", raising=False)
+    return lambda name: monkeypatch.setenv("FASTSHIFT_BACKEND", name)
+
+
+@pytest.fixture(params=ABLE)
+def isa(request, monkeypatch):
+    """Each instruction set that the machine has, one after the other."""
+    monkeypatch.setenv("FASTSHIFT_CPU_ISA", request.param)
+    monkeypatch.delenv("FASTSHIFT_BACKEND", raising=False)
+    return request.param
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that `fastshift.cpu` asks for is full of NaN: what is not written shows."""
+    poisoned = Poisoned()
+    monkeypatch.setattr(cpu, "torch", poisoned)
+    memory = cpu._memory
+    monkeypatch.setattr(cpu, "_memory", lambda floats: poisoned.count(memory(floats)))
+    return poisoned
+
+
+@pytest.fixture
+def threads():
+    """Set the number of torch's threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
