@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FASTSHIFT_DEVICE"] = "cpu"
@@ -58,6 +59,13 @@ def like_a_device(monkeypatch):
     if os.environ.get("FASTSHIFT_WATCH") != "1":
         unchecked = dataclasses.replace(builder.options, sanitize_overflow=False)
         monkeypatch.setattr(builder, "options", unchecked)
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch):
+    """Durability and TensorBoard have tests of their own; elsewhere they would only take time."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an extra
 
 
 @pytest.fixture
