@@ -39,10 +39,10 @@ PROVIDERS = {
     "cpu": {"modules": ("modules", "modules: "), "static": ("static", "static")},
 }
 
-_LOSS = "small::test_losses_counts_and_gradients_are_those_of_float64"
-_STEP = "small::test_a_step_is_that_of_float64_for_gradients_of_every_type"
-_IMAGES = "small::test_images_are_those_of_the_cpus_augmentation"
-_NARROW_IMAGES = "small::test_narrow_images_are_the_rounded_ones"
+_LOSS = "loss::test_losses_counts_and_gradients_are_those_of_float64"
+_STEP = "sgd::test_a_step_is_that_of_float64_for_gradients_of_every_type"
+_IMAGES = "images::test_images_are_those_of_the_cpus_augmentation"
+_NARROW_IMAGES = "images::test_narrow_images_are_the_rounded_ones"
 _INFER = "infer::test_every_choice_is_as_accurate_as_the_reference"
 _PLAIN = "infer::test_batch_norms_without_scale_and_shift"
 _NARROW = "infer::test_narrow_rows_are_as_accurate_as_their_type"

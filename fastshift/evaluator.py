@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
 from fastshift.device import use_device
+from fastshift.prefetch import PrefetchedBatches
 from fastshift.static_supernet import static_supernet
 from fastshift.steps import Statistics, calibrate_step, eval_step
 from fastshift.supernet import ChainSupernet, needing_moments
@@ -38,7 +39,9 @@ def precision_scope(precision: str, device: torch.device) -> AbstractContextMana
 
 
 def uploaded(batches: Batches, device: torch.device, limit: int = KEPT_BYTES) -> Batches:
-    """Batches on a device, where all of them take no more than a limit; else as they were given.
+    """Batches on a device: kept there where all of them take no more than a limit.
+
+    Others are copied at each iteration, to a GPU one batch ahead.
 
     Args:
         batches: that can be iterated again.
@@ -49,7 +52,7 @@ def uploaded(batches: Batches, device: torch.device, limit: int = KEPT_BYTES) ->
     for batch in batches:
         left -= sum(part.nbytes for part in batch)
         if left < 0:
-            return batches
+            return PrefetchedBatches(batches, device)
         kept.append(tuple(part.to(device) for part in batch))
     return kept
 
@@ -90,7 +93,7 @@ class Evaluator:
         supernet: with the weights to score under; they may move between calls.
         batches: `(images, labels)` pairs that can be iterated again and again, the same every time;
             images `[N, C, H, W]`. For a GPU they are uploaded once and kept there where all fit in
-            1 GiB, and else at each evaluation.
+            1 GiB, and else at each evaluation, the next batch while one is scored.
         calibration: batches for `recalibrate`, as `batches` and disjoint from them.
         batch_norm: `recalibrate` (statistics of the calibration batches per candidate), `batch` (of
             the scored batch), `running` (what pre-training left), `ema` (the same after the shift

@@ -15,6 +15,7 @@ import numpy as np
 from fastshift import checkpoint
 from fastshift.errors import ConfigError, NonFiniteLossError
 from fastshift.identity import check_identity, with_overrides
+from fastshift.prefetch import PrefetchedTrain
 from fastshift.progress import Progress, Scalars
 from fastshift.sampler import FeasibleSampler
 from fastshift.space import SearchSpace
@@ -253,16 +254,18 @@ def pretrain(
         trainer.load_counters(state["counters"])
         step, recent = state["step"], list(state["recent"])
     stopped, saved, begin = None, time.perf_counter(), time.perf_counter()
+    device = next(supernet.parameters()).device
     with (
         Progress(options.steps - step, what=what, quiet=quiet) as progress,
         Scalars(out) as scalars,
+        PrefetchedTrain(data.train, device, options.steps) as train,
     ):
         while step < options.steps:
             if stop():
                 stopped = "interrupted"
                 break
             paths = sample_paths(supernet.space, options, seed, step, feasible)
-            images, labels = data.train.batch(step, options.batch_size, "pretrain")
+            images, labels = train.batch(step, options.batch_size, "pretrain")
             lr = options.lr_at(step)
             try:
                 loss = trainer.update(Plan(paths), images, labels, position=step, lr=lr)

@@ -152,6 +152,7 @@ class Search:
                 self._save()
                 raise
             finally:
+                self.training.close()
                 if self.shifter is not None:
                     self.shifter.freeze_trunk(False)
         self._score_finalists()

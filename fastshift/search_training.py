@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
+from fastshift.prefetch import PrefetchedTrain
 from fastshift.search_options import SearchOptions
 from fastshift.shift import HeadWarmup, Shifter
 from fastshift.supernet import ChainSupernet
@@ -45,7 +47,12 @@ class SearchTraining:
         precision: str,
     ) -> None:
         common = {"constraints": options.constraints, "seed": seed, "precision": precision}
-        self.shifter = self.warmup = None
+        self.shifter = self.warmup = self._train = None
+        self.warmup_steps = options.warmup_steps(fresh_head)
+        if options.moves or self.warmup_steps:
+            device = next(supernet.parameters()).device
+            self._train = PrefetchedTrain(data.train, device)
+            data = SimpleNamespace(train=self._train)  # the parts take turns in it
         if options.moves:
             self.shifter = Shifter(
                 supernet,
@@ -55,7 +62,6 @@ class SearchTraining:
                 subtrie_size=options.subtrie_size,
                 **common,
             )
-        self.warmup_steps = options.warmup_steps(fresh_head)
         if self.warmup_steps:
             self.warmup = HeadWarmup(supernet, data, options, **common)
 
@@ -68,6 +74,11 @@ class SearchTraining:
     def _active(self) -> Shifter | HeadWarmup | None:
         """The part whose momenta count."""
         return self.warmup if self.is_warming_up else self.shifter
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead, if there is one; training may go on."""
+        if self._train is not None:
+            self._train.close()
 
     def budget(self) -> dict[str, int]:
         """What training has cost so far."""

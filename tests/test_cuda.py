@@ -13,7 +13,9 @@ import torch
 
 import fastshift as fs
 from fastshift.batch_norm import start_ema
+from fastshift.evaluator import uploaded
 from fastshift.graphs import CAPTURES, CapturedStep
+from fastshift.prefetch import PrefetchedBatches, PrefetchedTrain, Prefetcher
 from fastshift.static_supernet import static_supernet
 from fastshift.supernet import Supernet
 from fastshift.testing import (
@@ -357,3 +359,61 @@ def test_fixed_batches_are_uploaded_once():
     assert len(reads) == 2
     assert np.array_equal(evaluator.evaluate(archs).losses, first)
     assert len(reads) == 2
+
+
+# Batches of the host, made and copied ahead
+
+
+def test_a_batch_copied_ahead_is_whole_when_it_is_used_and_stays_so_until_then():
+    """The stream that uses it is far behind: memory freed too early would be written again."""
+    device, size = torch.device("cuda", torch.cuda.current_device()), 4096
+    sums = []
+    with PrefetchedTrain(DATA.train, device, stop=24) as train:
+        for index in range(24):
+            images, labels = train.batch(index, size)
+            assert images.device == labels.device == device
+            torch.cuda._sleep(20_000_000)
+            sums.append((images.double().sum(), labels.sum()))
+            del images, labels
+    for index, found in enumerate(sums):
+        wanted = DATA.train.batch(index, size)
+        assert found[1].item() == wanted[1].sum().item()
+        assert abs(found[0].item() - wanted[0].double().sum().item()) < 1e-6
+
+
+def _ahead(asked, monkeypatch):
+    """Note what is made ahead, or make nothing ahead."""
+    plain = Prefetcher.batch
+
+    def batch(self, key, following=None):
+        found = plain(self, key, following if asked is not None else None)
+        if asked is not None:
+            asked.append(self._pending is not None)
+        return found
+
+    monkeypatch.setattr(Prefetcher, "batch", batch)
+
+
+def test_training_on_batches_copied_ahead_is_the_same_to_the_bit(monkeypatch):
+    found, asked = {}, []
+    for own in (asked, None):
+        with monkeypatch.context() as patched:
+            _ahead(own, patched)
+            net = tiny_supernet(dropout=0.2).cuda()
+            trained = fs.pretrain(net, DATA, steps=6, batch_size=12, lr=0.05)
+            assert trained.computed == "captured"
+            found[own is None] = net.tensors()
+    assert changed_tensors(found[True], found[False]) == set()
+    assert asked == [True] * 5 + [False]
+
+
+def test_scoring_data_copied_ahead_gives_the_same_scores_to_the_bit():
+    net = tiny_supernet().cuda()
+    archs = random_archs(net.space, 9)
+    device = next(net.parameters()).device
+    parts = [uploaded(part, device, 0) for part in (DATA.validation, DATA.calibration)]
+    assert all(isinstance(part, PrefetchedBatches) for part in parts)
+    found = fs.Evaluator(net, parts[0], calibration=parts[1], subtrie_size=4).evaluate(archs)
+    plain = _evaluator(net).evaluate(archs)
+    assert found.computed == plain.computed == "captured"
+    assert np.array_equal(found.losses, plain.losses)

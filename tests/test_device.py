@@ -20,6 +20,7 @@ from fastshift.data import dali
 from fastshift.device import parse_device, settle_on, use_device
 from fastshift.errors import ConfigError
 from fastshift.evaluator import Evaluator, uploaded
+from fastshift.prefetch import PrefetchedBatches
 from fastshift.testing import random_archs, synthetic_data, tiny_supernet
 from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
@@ -188,12 +189,14 @@ def test_an_architecture_is_retrained_where_its_supernet_is(monkeypatch):
     assert asked == ["cpu", "cpu", "auto"]
 
 
-def test_batches_are_uploaded_where_they_fit_and_else_given_on():
+def test_batches_are_uploaded_where_they_fit_and_else_at_each_iteration():
     batches = [(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)) for _ in range(3)]
     size = 3 * (2 * 3 * 4 + 2 * 8)
     found = uploaded(iter(batches), torch.device("meta"), size)
     assert [(len(x), x.device.type, y.device.type) for x, y in found] == [(2, "meta", "meta")] * 3
-    assert uploaded(batches, torch.device("meta"), size - 1) is batches
+    found = uploaded(batches, torch.device("meta"), size - 1)
+    assert isinstance(found, PrefetchedBatches)
+    assert all(own is given for own, given in zip(found, batches, strict=True))
 
 
 class _Counted(list):

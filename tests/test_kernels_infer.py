@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+from block_cases import Poisoned
+from kernel_cases import DEVICE, NAMES, interpreted, layer_text, op_of
 
 from fastshift import _operators_ref
 from fastshift.kernels import infer as kernels
@@ -27,42 +29,25 @@ from fastshift.ops import (
     shuffle_unit,
     shuffle_xception,
 )
-from fastshift.population_layer import (
-    LayerOp,
-    LayerUnit,
-    describe_layer,
-    describe_op,
-    parse_layer,
-)
+from fastshift.population_layer import parse_layer
+from fastshift.testing import FLOORS
 
 pytestmark = pytest.mark.usefixtures("like_a_device")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cpu" is Triton's interpreter
-# Of the error relative to float64: fine if twice the reference's own, or below these.
-FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def _op(units, frame, stride=1, shortcut=()):
-    """An op of (kind, in, out, kernel, stride, activation), its channels from its units'."""
-    units, shortcut = (tuple(Unit(*u) for u in chain) for chain in (units, shortcut))
-    c_in, c_out = units[0].in_channels, units[-1].out_channels
-    return Op("op", c_in, c_out, stride, units, Frame(frame, shortcut))
 
 
 def _rare(c, kernel=3):
     """What the ready-made spaces have not: other ends of chains, dense ones, other shortcuts."""
     wide = ("pointwise", c, 2 * c, 1, 1, None)
     return [
-        _op([wide, ("depthwise", 2 * c, 2 * c, 3, 2)], "plain", 2),
-        _op([("depthwise", c, c, kernel, 2), ("depthwise", c, c, 3, 1, None), wide], "plain", 2),
-        _op(
+        op_of([wide, ("depthwise", 2 * c, 2 * c, 3, 2)], "plain", 2),
+        op_of([("depthwise", c, c, kernel, 2), ("depthwise", c, c, 3, 1, None), wide], "plain", 2),
+        op_of(
             [("depthwise", c, c, 3, 2), wide],
             "residual",
             2,
             [("dense", c, c, 3, 2), ("depthwise", c, c, 3), wide],
         ),
-        _op([("dense", c, 2 * c, 3, 2)], "residual", 2, [("pointwise", c, 2 * c, 1, 2, None)]),
+        op_of([("dense", c, 2 * c, 3, 2)], "residual", 2, [("pointwise", c, 2 * c, 1, 2, None)]),
     ]
 
 
@@ -79,7 +64,7 @@ OPS = {
         inverted_residual(c, 2 * c, 2, 3, 3),
         shuffle_unit(c, 2 * c, 2, kernel),
         shuffle_xception(c, 2 * c, 2),
-        _op(
+        op_of(
             [("depthwise", c, c, 3, 2), ("pointwise", c, 2 * c, 1, 1, None)],
             "residual",
             2,
@@ -88,7 +73,7 @@ OPS = {
     ],
     "rare": _rare,
     "end_in_depthwise": lambda c, kernel=3: [
-        _op([("pointwise", c, c), ("depthwise", c, c, kernel, 1, None)], "residual"),
+        op_of([("pointwise", c, c), ("depthwise", c, c, kernel, 1, None)], "residual"),
         Op(
             "shuffle",
             c,
@@ -106,32 +91,13 @@ KERNELS = {"easy": 5, "odd": 7, "tiny": 3}  # the largest depthwise one
 EVERY_CHOICE = (2, (1, 0, 0, 1, 1), (4, 3, 2, 1, 0))  # rows above; parent, choice of each node
 
 
-def _text(ops, affine=True):
-    """The text of a layer, no two units of which have one epsilon."""
-    eps = iter(range(1, 100))
-
-    def unit_of(unit):
-        sizes = (unit.in_channels, unit.out_channels, unit.kernel, unit.stride)
-        relu = unit.activation == "relu"
-        own = (unit.kind == "depthwise", *sizes, relu, next(eps) * 1e-3)
-        return LayerUnit(*own, affine, affine)
-
-    def op_of(op):
-        if op.is_identity:
-            return None
-        units = tuple(unit_of(unit) for unit in (*op.units, *op.frame.shortcut))
-        return LayerOp(units, len(op.units), op.frame.kind)
-
-    return describe_layer(describe_op(op_of(op)) for op in ops)
-
-
 class _Case:
     """A layer, rows, nodes, parameters and moments."""
 
     def __init__(self, ops, shape, population=EVERY_CHOICE, dtype=torch.float32, affine=True):
         n, c, h, w = shape
         generator = torch.Generator().manual_seed(0)
-        self.text = _text(ops, affine)
+        self.text = layer_text(ops, affine)
         self.layer = parse_layer(self.text)
         num_rows, parent, choice = population
         self.rows = torch.randn(num_rows, n, h, w, c, generator=generator).to(DEVICE, dtype)
@@ -181,20 +147,9 @@ class _Case:
             assert error <= limit, f"node {node}, choice {choice}: {error:.3g} > {limit:.3g}"
 
 
-class _Poisoned:
-    """`torch`, but its `empty` gives NaN."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*size, **options):
-        return torch.empty(*size, **options).fill_(torch.nan)
-
-
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch):
-    monkeypatch.setattr(kernels, "torch", _Poisoned())
+    monkeypatch.setattr(kernels, "torch", Poisoned())
 
 
 BY_NAME = pytest.mark.parametrize("name", OPS)
@@ -304,7 +259,7 @@ def test_results_repeat_to_the_bit_whatever_stands_beside_a_node():
     assert torch.equal(found[order], again)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
+@interpreted
 def test_no_bit_depends_on_the_order_of_programs(last_program_first):
     case = _Case(OPS["s1"](6), SHAPES["odd"])
     found = case.run()
@@ -400,7 +355,7 @@ def test_launches_of_two_populations_differ_in_device_buffers_alone(recorder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("channels", [4, 24, 160, 640])
 def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype):
-    layer = parse_layer(_text(OPS["s2"](channels)))
+    layer = parse_layer(layer_text(OPS["s2"](channels)))
     plan = plan_infer(layer, 150, 28, 28, channels)
     for step in plan.steps:
         blocks = kernels.block_sizes(step, 150, dtype.itemsize, dtype is not torch.float32)
@@ -413,7 +368,7 @@ def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype):
 
 
 def test_rows_beyond_the_offsets_are_refused():
-    layer = parse_layer(_text([projection(1024, 1024, 1)]))
+    layer = parse_layer(layer_text([projection(1024, 1024, 1)]))
     with pytest.raises(ValueError, match="rows: 268435456 elements"):
         plan_infer(layer, 1, 512, 512, 1024)
     with pytest.raises(ValueError, match="rows: 1073741824 positions"):

@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "kernels",
     "device",
+    "prefetch",
     "_native",
     "archs",
     "costs",

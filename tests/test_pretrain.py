@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections import Counter
 
 import numpy as np
@@ -43,10 +41,7 @@ from fastshift.trie import Plan
 OPTIONS = {"steps": 5, "batch_size": 6, "lr": 0.05, "warmup_steps": 2, "clip_norm": 1.5}
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an extra
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 def _run(out=None, net=None, data=None, **options):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
 
 import pytest
 import torch
@@ -33,10 +31,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an extra
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,326 @@
+"""Blocks of every kind and shape, and what it means that a kernel computes them as PyTorch does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastshift import cpu
+from fastshift.layers import OpModule
+from fastshift.ops import (
+    Frame,
+    Op,
+    Unit,
+    conv,
+    inverted_residual,
+    projection,
+    shuffle_unit,
+    shuffle_xception,
+)
+from fastshift.testing import FLOORS
+
+# Of the op's largest gradient, for one that is zero by symmetry.
+ABSOLUTE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def chain(c):
+    """Plain: a strided 1x1 first, a depthwise unit last."""
+    units = (
+        Unit("pointwise", c, c + 3, stride=2),
+        Unit("pointwise", c + 3, 2 * c, activation=None),
+        Unit("depthwise", 2 * c, 2 * c, 5),
+    )
+    return Op("chain", c, 2 * c, 2, units)
+
+
+def _depthwise_chain(c):
+    units = (Unit("depthwise", c, c, 3), Unit("depthwise", c, c, 7, 2, activation=None))
+    return Op("depthwise_chain", c, c, 2, units)
+
+
+def _residual_shortcut(c, stride):
+    main = (
+        Unit("depthwise", c, c, 3, stride),
+        Unit("pointwise", c, 2 * c),
+        Unit("depthwise", 2 * c, 2 * c, 5, activation=None),
+    )
+    aside = (Unit("pointwise", c, 2 * c, stride=stride, activation=None),)
+    return Op("residual_shortcut", c, 2 * c, stride, main, Frame("residual", aside))
+
+
+def _expansion_behind(c):
+    """Channels grow behind another unit, between two depthwise ones."""
+    units = (
+        Unit("depthwise", c, c, 3),
+        Unit("pointwise", c, 3 * c),
+        Unit("depthwise", 3 * c, 3 * c, 5, 2),
+    )
+    return Op("expansion_behind", c, 3 * c, 2, units)
+
+
+def _residual_relu(c):
+    """A residual added to what a ReLU gave, the last unit depthwise."""
+    units = (Unit("pointwise", c, c), Unit("depthwise", c, c, 3))
+    return Op("residual_relu", c, c, 1, units, Frame("residual"))
+
+
+# By what differs: frame, kernel, stride, expansion. All take any number of channels, those of a
+# shuffle an even one.
+OPS = {
+    **{
+        f"inverted_residual-e{e}-k{k}-s{s}": lambda c, e=e, k=k, s=s: inverted_residual(
+            c, c if s == 1 else 2 * c, s, e, k
+        )
+        for e in (3, 6)
+        for k in (3, 5)
+        for s in (1, 2)
+    },
+    "inverted_residual-plain": lambda c: inverted_residual(c, c + 1, 1, 3, 3),
+    "projection-s1": lambda c: projection(c, c + 5, 1),
+    "projection-s2": lambda c: projection(c, 2 * c, 2),
+    "conv_k1": lambda c: conv(c, c, 1, 1),
+    "conv_k3-s1": lambda c: conv(c, c + 2, 3, 1),
+    "conv_k3-s2": lambda c: conv(c, 2 * c, 3, 2),
+    "conv_k5-hidden": lambda c: Op(
+        "hidden", c, c, 1, (Unit("pointwise", c, c + 3), Unit("dense", c + 3, c, 5))
+    ),
+    "chain": chain,
+    "depthwise_chain": _depthwise_chain,
+    "residual_shortcut-s1": lambda c: _residual_shortcut(c, 1),
+    "residual_shortcut-s2": lambda c: _residual_shortcut(c, 2),
+    "residual_relu": _residual_relu,
+    "expansion_behind": _expansion_behind,
+}
+SHUFFLES = {
+    **{
+        f"shuffle-k{k}-s{s}": lambda c, k=k, s=s: shuffle_unit(c, c * s, s, k)
+        for k in (3, 5, 7)
+        for s in (1, 2)
+    },
+    "shuffle-mid": lambda c: shuffle_unit(c, c, 1, 3, mid=c + 1),
+    "xception-s1": lambda c: shuffle_xception(c, c, 1),
+    "xception-s2": lambda c: shuffle_xception(c, 2 * c, 2),
+}
+SHAPES = {
+    "easy": (4, 16, 8, 8),
+    "odd": (3, 14, 7, 9),
+    "one_image": (1, 10, 5, 3),
+    "under_the_kernel": (2, 4, 2, 2),
+    "one_position": (5, 4, 1, 1),
+    "one_channel": (3, 1, 4, 3),
+}
+LARGER = {
+    "narrow": (3, 6, 13, 1),
+    "many_images": (19, 8, 3, 5),
+    "many_positions": (1, 18, 17, 13),
+    "many_channels": (4, 40, 5, 4),
+}
+
+
+def _has_lone_depthwise(op):
+    """One filter over one channel: to PyTorch no depthwise convolution, and none to the kernels."""
+    return any(
+        u.kind == "depthwise" and u.in_channels == 1 for u in (*op.units, *op.frame.shortcut)
+    )
+
+
+def fits(make, shape):
+    """Whether an op can be made with a shape's channels, and the kernels have it."""
+    return not (make in SHUFFLES.values() and shape[1] % 2) and not _has_lone_depthwise(
+        make(shape[1])
+    )
+
+
+def _cases(shapes, *marks):
+    return [
+        pytest.param(make, shape, id=f"{name}-{'x'.join(map(str, shape))}", marks=marks)
+        for shape in shapes.values()
+        for name, make in {**OPS, **SHUFFLES}.items()
+        if fits(make, shape)
+    ]
+
+
+CASES = _cases(SHAPES) + _cases(LARGER, pytest.mark.slow)
+SOME_NAMES = (
+    "inverted_residual-e3-k3-s1",
+    "projection-s2",
+    "residual_shortcut-s2",
+    "shuffle-k5-s2",
+    "xception-s1",
+)
+SOME = [pytest.param({**OPS, **SHUFFLES}[name], id=name) for name in SOME_NAMES]
+MAKERS = [
+    pytest.param(make, id=name, marks=() if name in SOME_NAMES else pytest.mark.slow)
+    for name, make in {**OPS, **SHUFFLES}.items()
+]
+# The instruction sets that this machine has.
+ABLE = [name for name, reason in cpu.instruction_sets().items() if reason is None]
+
+
+class Poisoned:
+    """`torch`, but its `empty` and the like give NaN, or an address that no one may read.
+
+    Attributes:
+        given: tensors made so far.
+    """
+
+    def __init__(self):
+        self.given = 0
+
+    def __getattr__(self, name):
+        found = getattr(torch, name)
+        if not name.startswith("empty"):
+            return found
+        return lambda *arguments, **options: self.count(found(*arguments, **options))
+
+    def count(self, made):
+        """Fill a tensor, and count it."""
+        self.given += 1
+        return made.fill_(torch.nan if made.is_floating_point() else 1)
+
+
+def seeded(seed=0):
+    """Make a generator of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def randomised(module, seed=0):
+    """Weights, scales, shifts and running statistics of which none has its neutral value."""
+    generator = seeded(seed)
+    for parameter in module.parameters():
+        fan = parameter[0].numel() if parameter.dim() > 1 else 4
+        parameter.normal_(0.0, (2.0 / fan) ** 0.5, generator=generator)
+    for norm in norms_of(module):
+        if norm.affine:
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+        norm.running_mean.normal_(0.0, 0.3, generator=generator)
+        norm.running_var.uniform_(0.5, 1.5, generator=generator)
+    return module
+
+
+def make_op(make, channels, *, affine=True, seed=0):
+    """A module of an op, its values random."""
+    return randomised(OpModule(make(channels), affine), seed)
+
+
+def norms_of(module):
+    """A module's batch norms, in their order."""
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def moments_of(module):
+    """The statistics that a module in evaluation mode normalises by."""
+    return [(norm.running_mean, norm.running_var) for norm in norms_of(module)]
+
+
+def make_rows(shape, seed=1):
+    """Random values, channels innermost."""
+    x = torch.randn(shape, generator=seeded(seed))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _named(module, x, y, moments, dy):
+    """Output, moments and gradients by name."""
+    found = {"y": y.detach()}
+    for index, (mean, var) in enumerate(moments):
+        found |= {f"mean {index}": mean.detach(), f"var {index}": var.detach()}
+    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if x.requires_grad:
+        wanted["x"] = x
+    if wanted:
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+        found |= {f"d {name}": g for name, g in zip(wanted, gradients, strict=True)}
+    return found
+
+
+def autocast(dtype):
+    """Compute in bfloat16 inside, where that is the type."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+def by_pytorch(module, x, dy, dtype, need_dx=True):
+    """The same by PyTorch's own ops in a dtype, in `x`'s memory format."""
+    kept = torch.float32 if dtype is torch.bfloat16 else dtype
+    module = copy.deepcopy(module).to(kept).train()
+    norms = norms_of(module)
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.running_var.zero_()
+        norm.running_mean.zero_()
+    x = x.detach().to(kept).requires_grad_(need_dx)
+    with autocast(dtype):
+        y = module(x)
+    moments = [(norm.running_mean, norm.running_var) for norm in norms]
+    return _named(module, x, y, moments, dy.to(y.dtype))
+
+
+def by_kernels(module, x, dy, need_dx=True, dtype=torch.float32):
+    """The same by the compiled kernels."""
+    x = x.detach().requires_grad_(need_dx)
+    with autocast(dtype):
+        y, moments = cpu.block_of(module, x).train(x)
+    assert y.dtype is dtype
+    return _named(module, x, y, moments, dy.to(dtype))
+
+
+@torch.no_grad()
+def infer(module, x):
+    """A module's rows by the compiled kernels, under its running statistics."""
+    return cpu.block_of(module, x).infer(x, moments_of(module))
+
+
+def error_of(found, exact):
+    """Norm of the difference, in float64."""
+    return float((found.double() - exact).norm())
+
+
+def assert_each_as_accurate(found, plain, exact, dtype=torch.float32):
+    """Each named result is at most twice as far from float64 as PyTorch's, or under the floor.
+
+    A gradient that is zero by symmetry, such as that of a shift which the next batch norm takes
+    away, is rounding alone: it may be off by a little of the op's largest.
+    """
+    assert found.keys() == exact.keys()
+    scale = max((float(exact[name].norm()) for name in exact if name[:2] == "d "), default=0.0)
+    for name in exact:
+        assert found[name].shape == exact[name].shape, name
+        error = error_of(found[name], exact[name])
+        bound = max(error_of(values[name], exact[name]) for values in plain)
+        floor = FLOORS[dtype] * float(exact[name].norm())
+        if name[:2] == "d ":
+            floor = max(floor, ABSOLUTE[dtype] * scale)
+        assert error <= max(2 * bound, floor), f"{name}: error {error:.3g}, PyTorch's {bound:.3g}"
+
+
+@torch.no_grad()
+def assert_same_rows(module, x, found, dtype=torch.float32):
+    """A module's rows are as accurate as PyTorch's."""
+    with torch.autocast("cpu", enabled=False):
+        exact = copy.deepcopy(module).double()(x.double())
+    assert_each_as_accurate({"y": found}, [{"y": module(x)}], {"y": exact}, dtype)
+
+
+def three_ways(module, x, *, need_dx=True, dtype=torch.float32):
+    """A training pass by the kernels, by PyTorch in both memory formats, and in float64."""
+    with torch.no_grad():
+        dy = torch.randn(copy.deepcopy(module)(x).shape, generator=seeded(2))
+    found = by_kernels(module, x, dy, need_dx, dtype)
+    exact = by_pytorch(module, x, dy, torch.float64, need_dx)
+    formats = (torch.contiguous_format, torch.channels_last)
+    rows = [x.detach().contiguous(memory_format=layout) for layout in formats]
+    return found, [by_pytorch(module, row, dy, dtype, need_dx) for row in rows], exact
+
+
+def check_training(module, x, *, need_dx=True, dtype=torch.float32):
+    """Compare training passes; PyTorch's error is the larger of those in both memory formats."""
+    found, plain, exact = three_ways(module, x, need_dx=need_dx, dtype=dtype)
+    assert_each_as_accurate(found, plain, exact, dtype)
+    return found
+
+
+def geometric_mean(values):
+    return float(torch.tensor(list(values)).log().mean().exp())
