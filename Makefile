@@ -48,7 +48,7 @@ test-slow: $(VENV)/.made-test
 SANITIZE := build/sanitize
 SANITIZE_CXX = $${CXX:-g++}
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -DFS_EMULATE
-SANITIZED := tests/test_cpu.py tests/test_cpu_memory.py tests/test_cpu_calls.py \
+SANITIZED := tests/test_cpu.py tests/test_cpu_lines.py tests/test_cpu_memory.py tests/test_cpu_calls.py \
 	tests/test_operators.py tests/test_operators_calls.py tests/test_operators_compiled.py \
 	tests/test_levels.py tests/test_population.py tests/test_sampler.py tests/test_trie_plan.py
 SANITIZED_RUN = LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \

@@ -154,7 +154,7 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
       const int64_t step = (g.out_height + parts - 1) / parts;
       Flow flow(geometry, chain.first, chain.stop, step, element);
       const bool fits = held(flow) * size_of(element) <= kTileBytes;
-      if (fits || !cuts || step * g.out_width <= kTilePositions) return flow;
+      if (fits || !cuts || step == 1 || step * g.out_width <= kTilePositions) return flow;
     }
   };
   std::vector<Flow> flows{flow_of(main_chain())};
