@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -58,7 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastshift {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, about in _ABOUT.items():
-        sub = verbs.add_parser(verb, help=about, description=about, allow_abbrev=False)
+        bare = [
+            f"[{option.name.upper()}]" if option.metadata.get("optional") else option.name.upper()
+            for option in _options(verb)
+            if _is_positional(option)
+        ]
+        sub = verbs.add_parser(
+            verb,
+            help=about,
+            description=about,
+            allow_abbrev=False,
+            usage=" ".join(["fastshift", verb, *bare, "[OPTIONS]"]),
+        )
         for section in VERBS[verb]:
             group = sub.add_argument_group(section.title)
             for option in section.options():
@@ -66,18 +78,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
+    given, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        flag, _, _ = unknown[0].partition("=")
+        known = [option.flag for option in _options(given.verb) if not _is_positional(option)]
+        near = difflib.get_close_matches(flag, known, n=3)
+        hint = f"; expected one of {', '.join(near)}" if near else f"; see {given.verb} --help"
+        what = "option" if flag.startswith("-") else "argument"
+        raise ConfigError(f"unknown {what} {flag!r}{hint}")
+    return vars(given)
+
+
+def _options(verb: str) -> list[Option]:
+    return [option for section in VERBS[verb] for option in section.options()]
+
+
+def _is_positional(option: Option) -> bool:
+    return bool(option.metadata.get("positional"))
+
+
 def _add(group: Any, option: Option) -> None:
     text = option.help.replace("%", "%%")
     if option.default is not None and option.hint is not bool:
         text += f" (default: {option.default})"
     keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
-    if option.metadata.get("positional"):
+    if _is_positional(option):
         group.add_argument(option.name, nargs="?", metavar=option.name.upper(), **keywords)
         return
     if option.hint is bool or option.hint == bool | None:
         keywords["action"] = argparse.BooleanOptionalAction
     else:
-        keywords["metavar"] = "VALUE"
+        keywords["metavar"] = option.metavar
     if "bare" in option.metadata:
         keywords |= {"nargs": "?", "const": option.metadata["bare"]}
     group.add_argument(option.flag, dest=option.name, **keywords)
@@ -117,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        given = vars(_parser().parse_args(argv))
+        given = _parse(argv)
         verb = given.pop("verb")
         file = read_file(given["config"], verb) if given.get("config") else {}
         config = resolve(verb, given, file)

@@ -28,8 +28,8 @@ class Option:
         hint: the field's type.
         default: where neither file nor command line gives it.
         help: one paragraph.
-        metadata: `positional` marks an argument without a flag, `bare` is the value of a flag that
-            stands alone.
+        metadata: `positional` marks an argument without a flag, `optional` one of those that may be
+            left out, `bare` is the value of a flag that stands alone.
     """
 
     name: str
@@ -43,6 +43,16 @@ class Option:
     def flag(self) -> str:
         """The flag on the command line."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in the help."""
+        kinds = get_args(self.hint) or (self.hint,)
+        if self.hint is Any:
+            return "VALUE"
+        if _takes_list(kinds):
+            return "INT,..."
+        return "|".join(_METAVARS[kind] for kind in _METAVARS if kind in kinds)
 
     def read(self, value: Any) -> Any:
         """Turn what a user wrote into the option's value; `ConfigError` where it cannot be."""
@@ -121,6 +131,7 @@ _READERS: dict[type, Callable[[Any], Any]] = {
     float: _read_float,
     str: _read_str,
 }
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 _WORDS = {bool: "yes or no", int: "a whole number", float: "a finite number", str: "text"}
 
 

@@ -267,7 +267,7 @@ class ListOptions:
         in_channels: likewise.
     """
 
-    name: str | None = field(default=None, metadata={"positional": True})
+    name: str | None = field(default=None, metadata={"positional": True, "optional": True})
     image_size: int | None = None
     num_classes: int | None = None
     in_channels: int | None = None

@@ -102,7 +102,9 @@ def search(space: str, out: Path, *more: str) -> list[str]:
     [
         ([], "VERB"),
         (["serch"], "serch"),
-        (["search", "--genrations", "3"], "--genrations"),
+        (["search", "--genrations", "3"], "'--genrations'; expected one of --generations"),
+        (["search", "--qqqqqqqq=3"], "unknown option '--qqqqqqqq'; see search --help"),
+        (["search", "digits"], "unknown argument 'digits'; see search --help"),
         (["search", "--generations"], "--generations"),
         (["search"], "--out is missing"),
         (["search", "--out", "x"], "--data is missing"),
