@@ -8,8 +8,12 @@ kernels run in its interpreter, which is chosen when a kernel is defined.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FASTSHIFT_DEVICE"] = "cpu"
@@ -124,6 +128,60 @@ def new_memory_is_nan(monkeypatch):
         return out.fill_(torch.nan if out.is_floating_point() else 77)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+# Gives each program a child of its own, in which torch is loaded and nothing else of ours.
+_FRESH = """
+import json, os, sys, traceback
+import torch
+
+for line in sys.stdin:
+    code, said = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(said + ".out", os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(os.open(said + ".err", os.O_WRONLY | os.O_CREAT), 2)
+            exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """Run a program where nothing was imported but torch, which takes most of a start.
+
+    Called with a program's text, it gives what it said, or fails with what it complained of.
+    """
+    place = tmp_path_factory.mktemp("fresh")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _FRESH],
+        cwd=place,  # in the root, Python would take its folders for the installed ones
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    numbers = itertools.count()
+
+    def run(code):
+        said = str(place / str(next(numbers)))
+        print(json.dumps([code, said]), file=parent.stdin, flush=True)
+        status = int(parent.stdout.readline())
+        complaint = Path(said + ".err").read_text()
+        assert status == 0, complaint
+        return Path(said + ".out").read_text()
+
+    yield run
+    parent.stdin.close()
+    parent.wait(timeout=60)
+    parent.stdout.close()
 
 
 # Of the tests of the operators and of the compiled CPU kernels

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -525,7 +524,7 @@ def test_public_names_are_sorted_present_and_pinned():
     )
 
 
-def test_the_program_starts_without_what_it_may_not_need():
+def test_the_program_starts_without_what_it_may_not_need(fresh):
     code = (
         "import runpy, sys\n"
         "sys.argv = ['fastshift', '--version']\n"
@@ -539,9 +538,7 @@ def test_the_program_starts_without_what_it_may_not_need():
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"fastshift {fs.__version__}\n"
+    assert fresh(code) == f"fastshift {fs.__version__}\n"
 
 
 @pytest.mark.parametrize("name", ["export", "pretrain", "retrain", "search"])
