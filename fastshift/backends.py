@@ -12,7 +12,7 @@ import torch
 
 from fastshift.errors import ConfigError
 
-__all__ = ["BACKENDS", "backend", "backends", "cuda_backend", "is_interpreted"]
+__all__ = ["BACKENDS", "backend", "backends", "cuda_backend", "is_interpreted", "why_no_triton"]
 
 OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
 BACKENDS = ("reference", "cpu", "triton")
@@ -72,12 +72,22 @@ def cuda_backend() -> str:
     Raises:
         ConfigError: the one asked for is unknown, or is Triton's and cannot be compiled.
     """
-    if _asked("triton") != "triton":
-        return "reference"
+    return "triton" if why_no_triton() is None else "reference"
+
+
+def why_no_triton() -> str | None:
+    """Why Triton's kernels do not run on a CUDA device; None where they do.
+
+    Raises:
+        ConfigError: as for `cuda_backend`.
+    """
+    asked = _asked("triton")
+    if asked != "triton":
+        return f"FASTSHIFT_BACKEND={asked}"
     lacking = _lacks_triton()
     if lacking and os.environ.get("FASTSHIFT_BACKEND"):
         raise ConfigError(f"FASTSHIFT_BACKEND: 'triton' cannot run: {lacking}")
-    return "reference" if lacking else "triton"
+    return lacking
 
 
 def _asked(default: str) -> str:

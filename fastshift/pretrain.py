@@ -115,6 +115,7 @@ class PretrainResult:
         stopped: why it ended early, or None.
         computed: how the last update was: `captured` as CUDA graphs, `static`, or `modules: ` and
             why not as graphs.
+        augmented: where the batches were augmented, as the data says it; None where it does not.
     """
 
     steps: int
@@ -123,6 +124,7 @@ class PretrainResult:
     skipped: int
     stopped: str | None = None
     computed: str = "modules: nothing trained"
+    augmented: str | None = None
 
 
 def sample_paths(
@@ -286,4 +288,7 @@ def pretrain(
     save()
     loss = sum(recent) / len(recent) if recent else math.nan
     seconds = time.perf_counter() - begin
-    return PretrainResult(step, loss, seconds, trainer.skipped, stopped, trainer.computed)
+    augmented = getattr(data.train, "augmented", None)
+    return PretrainResult(
+        step, loss, seconds, trainer.skipped, stopped, trainer.computed, augmented
+    )

@@ -28,6 +28,7 @@ from fastshift.build import (
 )
 from fastshift.commands import DONE, chosen_arch
 from fastshift.config import Config
+from fastshift.data.uploaded import MOST_BYTES
 from fastshift.durable import replace_file
 from fastshift.errors import ArchError, ConfigError
 from fastshift.evaluator import Evaluator, Scores
@@ -294,6 +295,7 @@ def _info(config: Config) -> int:
         print(f"{'gpu':12} none usable by this torch")
     print("\npopulation core (sampling, trie): C++, compiled")
     _print_steps()
+    _print_augmentation()
     _print_kernels()
     check_backend()
     return DONE
@@ -309,6 +311,22 @@ def _print_steps() -> None:
             wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
         how = "CUDA graphs over static buffers" if kind == "cuda" else "static buffers, no graphs"
         print(f"  {kind:14} {how if wanted == 'static' else wanted}: {why}")
+
+
+def _print_augmentation() -> None:
+    """Print where training batches are augmented on each kind of device, and why."""
+    print("augmentation of training batches (a run's result says where it was):")
+    print(f"  {'cpu':14} on the host; of dali:DIR by DALI")
+    if not torch.cuda.is_available():
+        return
+    try:
+        lacking = backends.why_no_triton()
+    except ConfigError:  # said last
+        lacking = "FASTSHIFT_BACKEND cannot run"
+    most = f"{MOST_BYTES / 2**30:.0f} GiB"
+    there = f"on the GPU, of images in memory up to {most}; of others on the host, a batch ahead"
+    found = f"on the host, a batch ahead: {lacking}" if lacking else there
+    print(f"  {'cuda':14} {found}; of dali:DIR by DALI")
 
 
 def _print_kernels() -> None:

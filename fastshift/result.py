@@ -35,7 +35,8 @@ class SearchResult:
         shift: how the supernet was shifted and architectures were scored.
         stopped: why the search ended early, or None.
         computed: every way in which batches were scored (`score`) and trained on (`train`):
-            `captured` as CUDA graphs, `static`, `sequential`, or `modules: ` and why not as graphs.
+            `captured` as CUDA graphs, `static`, `sequential`, or `modules: ` and why not as graphs;
+            and where the latter were augmented (`augment`), where the data says it.
     """
 
     best: Scored | None

@@ -23,6 +23,7 @@ from fastshift.search_files import SearchFiles
 from fastshift.search_options import SearchOptions
 from fastshift.search_record import SearchRecord
 from fastshift.search_training import SearchTraining
+from fastshift.shift import HeadWarmup, Shifter
 from fastshift.supernet import ChainSupernet
 
 __all__ = ["Search"]
@@ -170,7 +171,7 @@ class Search:
         """Do the search, yielding wherever its state is whole."""
         while self.training.is_warming_up:
             loss = self.training.warmup.update()
-            self.record.note_computed("train", self.training.warmup.trainer.computed)
+            self._note_update(self.training.warmup)
             self.progress.advance(0, head_loss=loss)
             yield
         if self.training.warmup is not None:
@@ -205,10 +206,17 @@ class Search:
             # A skipped update that ends the run has used its mini-batch too.
             self.position += 1
             loss = self.shifter.update(groups[(self.position - 1) // per_group])
-            self.record.note_computed("train", self.shifter.trainer.computed)
+            self._note_update(self.shifter)
             of = per_group * len(groups)
             self.progress.advance(0, shift=f"{self.position}/{of}", loss=loss)
             yield
+
+    def _note_update(self, part: Shifter | HeadWarmup) -> None:
+        """Note how an update was computed, and where its batch was augmented."""
+        self.record.note_computed("train", part.trainer.computed)
+        augmented = getattr(self.data.train, "augmented", None)
+        if augmented is not None:
+            self.record.note_computed("augment", augmented)
 
     def _score(self, archs: np.ndarray, rescore: bool) -> None:
         """Score candidates, and with them the present parents, under one set of weights."""

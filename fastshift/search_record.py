@@ -63,11 +63,12 @@ class SearchRecord:
         """Note how a batch was computed.
 
         Args:
-            work: `score` or `train`.
-            how: as `Scores.computed`.
+            work: `score`, `train` or `augment`.
+            how: as `Scores.computed`, or as `TrainBatches.augmented`.
         """
-        if how not in self.computed[work]:
-            self.computed[work].append(how)
+        found = self.computed.setdefault(work, [])
+        if how not in found:
+            found.append(how)
 
     def add(
         self, archs: np.ndarray, scores: Scores, *, generation: int, candidates: int = 0

@@ -8,8 +8,12 @@ kernels run in its interpreter, which is chosen when a kernel is defined.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FASTSHIFT_DEVICE"] = "cpu"
@@ -25,21 +29,50 @@ from block_cases import ABLE, Poisoned
 from fastshift import cpu
 
 
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch):
+    """Have Triton's interpreter lose less time, wherever it is used.
+
+    Of itself (Triton 3.8) it patches the language anew for each call of a function inside of a
+    kernel; it makes a table of all types to look up one; and it computes each sum and product of
+    int32 twice, to look for one that overflows, which `make sanitize-kernels` still does.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    call, core = interpreter.InterpretedFunction.__call__, interpreter.tl.core
+
+    def call_inside(function, *arguments, **options):
+        # A function of the language itself patches `tl.core` at the first call, for good.
+        if function.fn.__module__.startswith("fastshift.") or not core.is_builtin(core.load):
+            return function.rewrite()(*arguments, **options)
+        return call(function, *arguments, **options)
+
+    def numpy_type(dtype):
+        if type(dtype) is not core.dtype:
+            return look_up(dtype)
+        if dtype.name not in known:
+            known[dtype.name] = look_up(dtype)
+        return known[dtype.name]
+
+    look_up, known = interpreter._get_np_dtype, {}
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_inside)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_type)
+    if os.environ.get("FASTSHIFT_WATCH") != "1":
+        builder = interpreter.interpreter_builder
+        unchecked = dataclasses.replace(builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(builder, "options", unchecked)
+
+
 @pytest.fixture
 def like_a_device(monkeypatch):
-    """Have Triton's interpreter round as devices do, and lose less time.
-
-    Of itself (Triton 3.8) it cuts float32 off to bfloat16; it patches the language anew for each
-    call of a function inside of a kernel; and it computes each sum and product of int32 twice, to
-    look for one that overflows, which `make sanitize-kernels` still does.
-    """
+    """Have Triton's interpreter round as devices do: it (3.8) cuts float32 off to bfloat16."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
-    convert, call = builder.cast_impl.__func__, interpreter.InterpretedFunction.__call__
+    convert = interpreter.InterpreterBuilder.cast_impl
 
     def cast(builder, source, target):
         if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
@@ -47,18 +80,7 @@ def like_a_device(monkeypatch):
         bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16)
         return interpreter.TensorHandle(bits.numpy(), target.scalar)
 
-    def call_inside(function, *arguments, **options):
-        # A function of the language itself patches `tl.core` at the first call, for good.
-        is_patched = not tl.core.is_builtin(tl.core.load)
-        if is_patched or function.fn.__module__.startswith("fastshift."):
-            return function.rewrite()(*arguments, **options)
-        return call(function, *arguments, **options)
-
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_inside)
-    if os.environ.get("FASTSHIFT_WATCH") != "1":
-        unchecked = dataclasses.replace(builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(builder, "options", unchecked)
 
 
 @pytest.fixture
@@ -106,6 +128,60 @@ def new_memory_is_nan(monkeypatch):
         return out.fill_(torch.nan if out.is_floating_point() else 77)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+# Gives each program a child of its own, in which torch is loaded and nothing else of ours.
+_FRESH = """
+import json, os, sys, traceback
+import torch
+
+for line in sys.stdin:
+    code, said = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(said + ".out", os.O_WRONLY | os.O_CREAT), 1)
+            os.dup2(os.open(said + ".err", os.O_WRONLY | os.O_CREAT), 2)
+            exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """Run a program where nothing was imported but torch, which takes most of a start.
+
+    Called with a program's text, it gives what it said, or fails with what it complained of.
+    """
+    place = tmp_path_factory.mktemp("fresh")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _FRESH],
+        cwd=place,  # in the root, Python would take its folders for the installed ones
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    numbers = itertools.count()
+
+    def run(code):
+        said = str(place / str(next(numbers)))
+        print(json.dumps([code, said]), file=parent.stdin, flush=True)
+        status = int(parent.stdout.readline())
+        complaint = Path(said + ".err").read_text()
+        assert status == 0, complaint
+        return Path(said + ".out").read_text()
+
+    yield run
+    parent.stdin.close()
+    parent.wait(timeout=60)
+    parent.stdout.close()
 
 
 # Of the tests of the operators and of the compiled CPU kernels

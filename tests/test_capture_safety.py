@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from fastshift.graphs import CapturedStep
 from fastshift.optim import PathSGD
 from fastshift.population_pass import PopulationPass
+from fastshift.space import SearchSpace
 from fastshift.static_operators import layer_backward_into, layer_infer_into, layer_train_into
 from fastshift.static_state import StaticState
 from fastshift.static_supernet import _Passes, _saved_of
@@ -89,8 +90,22 @@ def _sizes(tensors):
     return [(tuple(t.shape), t.stride(), t.dtype, str(t.device)) for t in tensors]
 
 
-def _supernet(dropout=0.0):
-    return randomise(Supernet(tiny_space(dropout=dropout)))
+@cache
+def _space():
+    """The first half of the tiny space, which has every kind of frame."""
+    whole = tiny_space()
+    return SearchSpace(
+        "short",
+        stem=whole.stem,
+        blocks=whole.blocks[:2],
+        head=whole.head,
+        in_channels=whole.in_channels,
+        image_size=whole.image_size,
+    )
+
+
+def _supernet():
+    return randomise(Supernet(_space()))
 
 
 def _state(net, dtype=torch.float32):
@@ -108,18 +123,26 @@ def _training(state, net):
     return _Passes(state).of((), lambda: TrainingPass(state, update, IMAGES, **options))
 
 
-def _two_plans(state):
+@cache
+def _two_populations():
     """Two populations, no candidate in common, of the same levels and buckets; with a trunk."""
-    found = {}
+    found, state = {}, _state(_supernet())
     for seed in range(1000):
-        plan = Plan(random_archs(tiny_space(), 6, seed), 3)
+        plan = Plan(random_archs(_space(), 6, seed), 3)
         if not any(root.children for root in plan.roots):
             continue
-        tables = state.tables(plan)
-        before = found.setdefault(str(tables.shape()), tables)
-        if set(map(bytes, before.plan.archs)).isdisjoint(map(bytes, plan.archs)):
-            return before, tables
+        shape = str(state.tables(plan).shape())
+        before = found.setdefault(shape, plan)
+        if set(map(bytes, before.archs)).isdisjoint(map(bytes, plan.archs)):
+            return before, plan
     raise AssertionError("no two populations of one shape")
+
+
+def _two_plans(state):
+    """Both on a state's device."""
+    one, two = (state.tables(plan) for plan in _two_populations())
+    assert str(one.shape()) == str(two.shape())
+    return one, two
 
 
 def _watched(run, populations):
@@ -312,7 +335,7 @@ def pretended(monkeypatch):
 
 def _on_cuda():
     with torch.device("cuda"):  # a fake module cannot be moved
-        return Supernet(tiny_space())
+        return Supernet(_space())
 
 
 @pytest.mark.parametrize(
@@ -329,7 +352,7 @@ def test_on_a_gpu_every_buffer_is_there_and_nothing_comes_back(kind, dtype, pret
     net = _on_cuda()
     state = _state(net, dtype)
     run, _ = _run(kind, state, net)
-    tables = state.tables(Plan(random_archs(tiny_space(), 3), 2))
+    tables = state.tables(Plan(random_archs(_space(), 3), 2))
     assert tables.table.device.type == "cuda"
     (calls,) = _watched(run, [tables])
     assert {device for _, inputs, *_ in calls for *_, device in inputs} <= {"cuda:0"}

@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 _KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from fastshift import checkpoint
 
-root = Path(sys.argv[1])
+root, trials = Path(sys.argv[1]), int(sys.argv[2])
 os.fsync = lambda file: None  # a killed process loses nothing that it wrote
 generator = random.Random(0)
 
@@ -49,15 +51,16 @@ for trial in range(1000):
     assert (found.tensors["model"]["b"] == found.serial).all()
     committed += found.serial - last
     last = found.serial
-    if trial >= 30 and interrupted >= 3 and committed >= 10:
+    if trial >= trials and interrupted >= 3 and committed >= 10:
         break
 print(trial, interrupted, committed)
 """
 
 
-def test_kill_9_at_random_moments_never_costs_a_committed_checkpoint(tmp_path):
+@pytest.mark.parametrize("trials", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_never_costs_a_committed_checkpoint(trials, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", _KILLER, str(tmp_path)],
+        [sys.executable, "-c", _KILLER, str(tmp_path), str(trials)],
         capture_output=True,
         text=True,
         timeout=120,

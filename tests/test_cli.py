@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -410,13 +409,13 @@ def test_spaces_are_listed_with_size_and_costs(capsys):
     assert "  block 6\n    0: identity, 0 FLOPs, 0 parameters" in shown
 
 
-def _info(capsys, monkeypatch, code=0, **environment):
+def _info(capsys, monkeypatch, code=0, cuda=False, **environment):
     for name in ("FASTSHIFT_BACKEND", "FASTSHIFT_CPU_ISA", "FASTSHIFT_STEPS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert main(["info"]) == code
     return capsys.readouterr()
 
@@ -455,6 +454,15 @@ def test_info_says_how_a_batch_goes_through_a_population(capsys, monkeypatch):
     assert "  cpu            static buffers, no graphs: FASTSHIFT_STEPS=static\n" in shown
     shown = _info(capsys, monkeypatch, code=2, FASTSHIFT_STEPS="graphs")
     assert "FASTSHIFT_STEPS: 'graphs'; expected one of static, modules" in shown.err
+
+
+def test_info_says_where_training_batches_are_augmented(capsys, monkeypatch):
+    assert "  cpu            on the host; of dali:DIR by DALI\n" in _info(capsys, monkeypatch).out
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    shown = _info(capsys, monkeypatch, cuda=True).out
+    assert "  cuda           on the GPU, of images in memory up to 1 GiB; of others" in shown
+    shown = _info(capsys, monkeypatch, cuda=True, FASTSHIFT_BACKEND="reference").out
+    assert "  cuda           on the host, a batch ahead: FASTSHIFT_BACKEND=reference;" in shown
 
 
 def test_info_ends_with_what_cannot_run(capsys, monkeypatch):
@@ -516,7 +524,7 @@ def test_public_names_are_sorted_present_and_pinned():
     )
 
 
-def test_the_program_starts_without_what_it_may_not_need():
+def test_the_program_starts_without_what_it_may_not_need(fresh):
     code = (
         "import runpy, sys\n"
         "sys.argv = ['fastshift', '--version']\n"
@@ -530,9 +538,7 @@ def test_the_program_starts_without_what_it_may_not_need():
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"fastshift {fs.__version__}\n"
+    assert fresh(code) == f"fastshift {fs.__version__}\n"
 
 
 @pytest.mark.parametrize("name", ["export", "pretrain", "retrain", "search"])

@@ -88,7 +88,16 @@ def test_every_instruction_set_ranks_alike(monkeypatch):
             assert np.array_equal(found.errors, plain.errors), name
 
 
-@pytest.mark.parametrize("policy", ["recalibrate", "batch"])
+@pytest.mark.parametrize(
+    ("space", "policy"),
+    [
+        *((name, "batch") for name in SPACES),
+        ("digits", "recalibrate"),
+        ("nasbench_macro", "recalibrate"),
+        pytest.param("shufflenet_v2", "recalibrate", marks=pytest.mark.slow),
+    ],
+    indirect=["space"],
+)
 def test_scores_are_as_accurate_and_ranked_alike(space, policy, monkeypatch, calls):
     net, data = _supernet(space), _data(space)
     archs = np.unique(random_archs(space, 6, seed=3), axis=0)
@@ -108,7 +117,17 @@ def test_scores_are_as_accurate_and_ranked_alike(space, policy, monkeypatch, cal
     assert np.array_equal(found["cpu"].errors, found["reference"].errors)
 
 
-@pytest.mark.parametrize("draws", [5, pytest.param(25, marks=pytest.mark.slow)])
+# The widest space takes seconds a draw; its ops are compared one by one in the quick tests.
+@pytest.mark.parametrize(
+    ("space", "draws"),
+    [
+        ("digits", 5),
+        ("nasbench_macro", 5),
+        pytest.param("shufflenet_v2", 5, marks=pytest.mark.slow),
+        *(pytest.param(name, 25, marks=pytest.mark.slow) for name in SPACES),
+    ],
+    indirect=["space"],
+)
 def test_an_accumulated_gradient_is_as_accurate(space, draws, monkeypatch):
     """Of a whole population, in the middle of draws.
 

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from fastshift import backends
 from fastshift import data as fsdata
 from fastshift.data import arrays
 from fastshift.data.batches import Augmentation, Normalisation, TrainBatches
 from fastshift.data.splits import stratified
 from fastshift.data.uploaded import UploadedTrainBatches
 from fastshift.errors import DataError
+from fastshift.pretrain import pretrain
+from fastshift.search import search
+from fastshift.testing import tiny_supernet
 
 NEUTRAL = Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -440,3 +444,41 @@ def test_a_gpu_that_is_named_holds_the_training_part_where_it_fits(monkeypatch):
     assert made(device="cuda") is made(device="cuda:0") is UploadedTrainBatches
     monkeypatch.setattr(arrays, "MOST_BYTES", 1000)
     assert made(device="cuda") is TrainBatches
+
+
+def test_training_batches_say_where_they_are_augmented_and_why_not_on_the_gpu(
+    monkeypatch, tmp_path
+):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(arrays, "parse_device", torch.device)
+    monkeypatch.delenv("FASTSHIFT_BACKEND", raising=False)
+    given = pictures(60, 8, 3)
+
+    def said(**options):
+        return fsdata.from_arrays(*given, **options).train.augmented
+
+    assert said() == said(device="cpu") == "on the host"
+    assert said(device="cuda:1") == "on cuda:1"
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
+    why = "on the host: without the Triton kernels: FASTSHIFT_BACKEND=reference"
+    assert said(device="cuda") == why
+    monkeypatch.delenv("FASTSHIFT_BACKEND")
+    monkeypatch.setattr(backends, "_lacks_triton", lambda: "triton is not installed")
+    assert said(device="cuda") == "on the host: without the Triton kernels: triton is not installed"
+    monkeypatch.setattr(backends, "_lacks_triton", lambda: None)
+    monkeypatch.setattr(arrays, "MOST_BYTES", 1 << 10)
+    assert said(device="cuda") == (
+        "on the host: 0.00 GiB of images, more than the 0.00 that are kept on a GPU"
+    )
+
+
+def test_what_trains_says_where_its_batches_were_augmented():
+    data = fsdata.from_arrays(*pictures(60, 8, 3), validation_size=10, batch_size=8)
+    net, options = tiny_supernet(data.num_classes), {"batch_size": 8, "lr": 0.01}
+    assert pretrain(net, data, steps=1, **options).augmented == "on the host"
+    small = {"generations": 0, "population": 3, "parents": 2, "top_k": 2}
+    small |= {"shift_steps": 1, "shift_batch_size": 8}
+    data.train.augmented = "on cuda:0"
+    assert search(net, data, **small).to_dict()["computed"]["augment"] == ["on cuda:0"]
+    still = search(net, data, **small, shift="none")
+    assert "augment" not in still.computed  # nothing was trained on

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -124,7 +122,7 @@ for how in {!r}:
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch"
 )
-def test_however_pytorch_is_asked_the_precision_is_known():
+def test_however_pytorch_is_asked_the_precision_is_known(fresh):
     wanted = {
         "": "ieee",
         "torch.set_float32_matmul_precision('highest')": "ieee",
@@ -133,9 +131,7 @@ def test_however_pytorch_is_asked_the_precision_is_known():
         "matmul.fp32_precision = 'ieee'": "ieee",
         "matmul.fp32_precision = 'tf32'": "tf32",
     }
-    code = PRECISION.format(list(wanted))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == list(wanted.values()), done.stderr
+    assert fresh(PRECISION.format(list(wanted))).split() == list(wanted.values())
 
 
 def test_tf32_is_used_where_pytorch_is_asked_for_it(current):

@@ -166,7 +166,13 @@ def test_shared_equals_sequential_on_the_nasbench_macro_space(policy):
     _assert_equal_on(net, data, archs, policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, marks=() if policy == "recalibrate" else pytest.mark.slow)
+        for policy in POLICIES
+    ],
+)
 def test_shared_equals_sequential_on_the_shufflenet_space(policy):
     space = spaces.shufflenet_v2(image_size=32, num_classes=10, width=0.25)
     net = _with_ema(randomise(Supernet(space)))

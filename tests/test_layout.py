@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -198,7 +196,7 @@ def test_optional_packages_are_imported_where_they_are_used(path):
     assert not found, f"loaded with the module: {found}"
 
 
-def test_the_import_loads_no_statistics_compiler_or_exporter_that_torch_does_not():
+def test_the_import_loads_no_statistics_compiler_or_exporter_that_torch_does_not(fresh):
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
@@ -209,8 +207,7 @@ def test_the_import_loads_no_statistics_compiler_or_exporter_that_torch_does_not
         "assert not new, sorted(new)\n"
         "assert 'scipy.stats' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh(code)
 
 
 def test_kernels_know_nothing_of_fastshift():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -112,7 +109,7 @@ def test_a_compiled_function_scores_too():
         assert torch.equal(compiled(rows, *nodes), apply(rows, *nodes))
 
 
-def test_the_first_call_loads_no_compiler():
+def test_the_first_call_loads_no_compiler(fresh):
     code = (
         "import sys, torch\n"
         "from fastshift.operators import layer_train\n"
@@ -122,5 +119,4 @@ def test_the_first_call_loads_no_compiler():
         "assert rows.grad.eq(1).all()\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh(code)

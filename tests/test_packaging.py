@@ -84,19 +84,16 @@ def test_every_public_name_is_there():
         assert getattr(fastshift, name) is not None
 
 
-def test_importing_loads_no_extra_and_starts_no_gpu(tmp_path):
-    done = python("-c", IMPORT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    loaded, cuda_started = json.loads(done.stdout)
+def test_importing_loads_no_extra_and_starts_no_gpu(fresh):
+    loaded, cuda_started = json.loads(fresh(IMPORT))
     extras = {"PIL", "matplotlib", "nvidia", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn"}
     assert not extras & set(loaded)
     assert not {"tensorboard", "torchvision", "triton"} & set(loaded)
     assert cuda_started is False
 
 
-def test_kernels_import_under_the_package_name_alone(tmp_path):
-    inside = python("-c", "import fastshift.kernels as k; print(k.__name__)", cwd=tmp_path)
-    assert inside.stdout == "fastshift.kernels\n", inside.stderr
+def test_kernels_import_under_the_package_name_alone(fresh):
+    assert fresh("import fastshift.kernels as k; print(k.__name__)") == "fastshift.kernels\n"
     bare = python("-c", "import kernels", cwd=ROOT)
     assert bare.returncode != 0
     assert "this package is fastshift.kernels, imported as 'kernels'" in bare.stderr

@@ -1,23 +1,18 @@
+"""Steps over static buffers compute what the modules compute, and say how they ran."""
+
 from __future__ import annotations
 
 import copy
-import gc
 import os
-import weakref
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from static_cases import DATA, evaluator_of
 
 from fastshift import Evaluator, search
 from fastshift.batch_norm import POLICIES, start_ema
 from fastshift.errors import ConfigError, DataError
-from fastshift.graphs import CapturedStep
-from fastshift.population_pass import PopulationPass, StepCache
-from fastshift.row_buffers import Arena
-from fastshift.static_levels import buckets
-from fastshift.static_supernet import static_supernet
 from fastshift.supernet import Supernet
 from fastshift.testing import (
     FLOAT64_TOLERANCE,
@@ -38,23 +33,10 @@ from fastshift.trie import Plan
 
 pytest.importorskip("triton")  # the loss and the update have their definition beside their kernel
 
-DATA = synthetic_data()
-
 
 @pytest.fixture
 def static(monkeypatch):
     monkeypatch.setenv("FASTSHIFT_STEPS", "static")
-
-
-def _evaluator(net, policy="recalibrate", size=5, **options):
-    return Evaluator(
-        net,
-        DATA.validation,
-        calibration=DATA.calibration,
-        batch_norm=policy,
-        subtrie_size=size,
-        **options,
-    )
 
 
 def _both(monkeypatch, run):
@@ -74,7 +56,7 @@ def test_scores_are_those_of_the_modules(policy, monkeypatch):
     net = tiny_supernet().double()
     start_ema(net)
     archs = random_archs(net.space, 13, seed=1)
-    plain, found = _both(monkeypatch, lambda: _evaluator(net, policy).evaluate(archs))
+    plain, found = _both(monkeypatch, lambda: evaluator_of(net, policy).evaluate(archs))
     assert (plain.computed, found.computed) == ("modules: FASTSHIFT_STEPS=modules", "static")
     assert global_error([found.losses], [plain.losses]) < FLOAT64_TOLERANCE
     assert np.array_equal(found.errors, plain.errors)
@@ -87,9 +69,9 @@ def test_scores_of_narrow_types_are_as_accurate_as_one_path_at_a_time(policy, pr
     net = tiny_supernet()
     archs = random_archs(net.space, 9, seed=1)
     options = {"policy": policy, "precision": precision}
-    found = _evaluator(net, **options).evaluate(archs)
-    plain = _evaluator(net, **options, strategy="sequential").evaluate(archs)
-    exact = _evaluator(copy.deepcopy(net).double(), policy).evaluate(archs)
+    found = evaluator_of(net, **options).evaluate(archs)
+    plain = evaluator_of(net, **options, strategy="sequential").evaluate(archs)
+    exact = evaluator_of(copy.deepcopy(net).double(), policy).evaluate(archs)
     assert found.computed == "static"
     assert_as_accurate([found.losses], [plain.losses], [exact.losses])
 
@@ -98,9 +80,9 @@ def test_scores_of_narrow_types_are_as_accurate_as_one_path_at_a_time(policy, pr
 def test_no_cut_and_no_company_changes_a_score(size, static):
     net = tiny_supernet().double()
     archs = np.concatenate((random_archs(net.space, 11, seed=3), random_archs(net.space, 4, 3)))
-    whole = _evaluator(net).evaluate(archs).losses
-    assert global_error([_evaluator(net, size=size).evaluate(archs).losses], [whole]) < 1e-14
-    alone = _evaluator(net, size=size).evaluate(archs[2:3]).losses
+    whole = evaluator_of(net).evaluate(archs).losses
+    assert global_error([evaluator_of(net, size=size).evaluate(archs).losses], [whole]) < 1e-14
+    alone = evaluator_of(net, size=size).evaluate(archs[2:3]).losses
     assert global_error([alone], [whole[2:3]]) < 1e-14
 
 
@@ -108,7 +90,7 @@ def test_no_cut_and_no_company_changes_a_score(size, static):
 def test_scoring_leaves_the_supernet_as_it_is(policy, static):
     net = tiny_supernet()
     before = snapshot(net)
-    _evaluator(net, policy).evaluate(random_archs(net.space, 6))
+    evaluator_of(net, policy).evaluate(random_archs(net.space, 6))
     assert_untouched(net, before)
 
 
@@ -116,9 +98,9 @@ def test_weights_that_changed_in_place_are_scored_as_they_are(monkeypatch):
     net = tiny_supernet().double()
     archs = random_archs(net.space, 4)
     monkeypatch.setenv("FASTSHIFT_STEPS", "static")
-    _evaluator(net).evaluate(archs)
+    evaluator_of(net).evaluate(archs)
     randomise(net, seed=5)
-    plain, found = _both(monkeypatch, lambda: _evaluator(net).evaluate(archs).losses)
+    plain, found = _both(monkeypatch, lambda: evaluator_of(net).evaluate(archs).losses)
     assert global_error([found], [plain]) < FLOAT64_TOLERANCE
 
 
@@ -126,13 +108,13 @@ def test_a_replaced_head_and_weights_that_moved_are_seen(monkeypatch):
     net = tiny_supernet().double()
     archs = random_archs(net.space, 4)
     monkeypatch.setenv("FASTSHIFT_STEPS", "static")
-    _evaluator(net).evaluate(archs)
+    evaluator_of(net).evaluate(archs)
     net.reset_head(7, seed=1)
     net.blocks[0][1]._modules["0"].weight.data = torch.randn_like(
         net.blocks[0][1]._modules["0"].weight
     )
     net.blocks[1][0]._modules["0"].norm.eps = 0.1
-    plain, found = _both(monkeypatch, lambda: _evaluator(net).evaluate(archs).losses)
+    plain, found = _both(monkeypatch, lambda: evaluator_of(net).evaluate(archs).losses)
     assert global_error([found], [plain]) < FLOAT64_TOLERANCE
 
 
@@ -151,7 +133,7 @@ def test_a_loss_that_is_not_finite_is_nan(static):
     with torch.no_grad():
         net.blocks[2][1]._modules["0"].weight.fill_(torch.nan)
     archs = np.array([[0, 0, 0, 0], [0, 0, 1, 0]], np.uint8)
-    found = _evaluator(net).evaluate(archs)
+    found = evaluator_of(net).evaluate(archs)
     assert np.isnan(found.errors).tolist() == [False, True]
     assert np.isnan(found.losses).tolist() == [False, True]
 
@@ -334,7 +316,7 @@ def _without_norm(net):
 )
 def test_a_supernet_without_kernels_runs_by_its_modules_and_says_why(make, why, static):
     net = make()
-    found = _evaluator(net).evaluate(random_archs(net.space, 3))
+    found = evaluator_of(net).evaluate(random_archs(net.space, 3))
     assert found.computed.startswith(f"modules: {why}")
     trainer = PathTrainer(net, lr=0.1)
     plan = Plan(random_archs(net.space, 2))
@@ -346,228 +328,7 @@ def test_on_a_cpu_the_modules_run_unless_asked_and_another_word_is_refused(monke
     monkeypatch.delenv("FASTSHIFT_STEPS", raising=False)
     net = tiny_supernet()
     archs = random_archs(net.space, 2)
-    assert _evaluator(net).evaluate(archs).computed == "modules: graphs need a CUDA device"
+    assert evaluator_of(net).evaluate(archs).computed == "modules: graphs need a CUDA device"
     monkeypatch.setenv("FASTSHIFT_STEPS", "graphs")
     with pytest.raises(ConfigError, match=r"'graphs'; expected one of static, modules"):
-        _evaluator(net).evaluate(archs)
-
-
-# One step for each level and bucket, whatever the population
-
-
-def test_buckets_end_at_the_capacity():
-    assert buckets(1) == [1]
-    assert buckets(5) == [1, 2, 4, 5]
-    assert buckets(8) == [1, 2, 4, 8]
-    assert buckets(33) == [1, 2, 4, 8, 16, 24, 32, 33]
-
-
-def test_every_population_takes_the_steps_that_the_first_made(static):
-    net = tiny_supernet()
-    sample = DATA.validation[0][0]
-    evaluator = _evaluator(net, size=8)
-    evaluator.evaluate(random_archs(net.space, 12))
-    found, _ = static_supernet(net, Plan(random_archs(net.space, 12)), lambda: sample)
-    scoring = found._scoring_pass(24)
-    steps = dict(scoring.steps.steps)
-    memory = found.state.arena.memory.data_ptr()
-    for seed in range(6):
-        archs = random_archs(net.space, 1 + 5 * seed, seed=seed)
-        evaluator.evaluate(archs)
-        assert static_supernet(net, Plan(archs), lambda: sample)[0] is found
-    assert scoring.steps.steps == steps
-    assert found.state.arena.memory.data_ptr() == memory
-    # Stem, trunks of 3 blocks, and 3, 4, 4, 4, 4 buckets of 4 blocks and the head.
-    assert len([key for key in steps if key[0] == "infer"]) == 4 + 3 + 4 * 4
-
-
-def test_memory_grows_with_the_sub_tries_and_not_with_the_population(static):
-    sizes = {}
-    for candidates, size in ((4, 4), (24, 4), (24, 8)):
-        net = tiny_supernet()
-        archs = random_archs(net.space, candidates)
-        _evaluator(net, size=size).evaluate(archs)
-        trainer = PathTrainer(net, lr=0.1)
-        trainer.update(Plan(archs, size), *DATA.train.batch(0, 24), position=0)
-        found, _ = static_supernet(net, Plan(archs, size), lambda: DATA.validation[0][0])
-        sizes[candidates, size] = found.state.arena.memory.numel()
-    assert sizes[4, 4] == sizes[24, 4] < sizes[24, 8] < 2 * sizes[24, 4]
-
-
-def test_a_supernet_is_let_go_with_its_buffers(static):
-    net = tiny_supernet()
-    _evaluator(net).evaluate(random_archs(net.space, 3))
-    trainer = PathTrainer(net, lr=0.1)
-    trainer.update(Plan(random_archs(net.space, 2)), *DATA.train.batch(0, 4), position=0)
-    gone = weakref.ref(net)
-    del net, trainer
-    gc.collect()
-    assert gone() is None
-
-
-@pytest.fixture
-def no_collector():
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def _found(net, size=4):
-    sample = DATA.validation[0][0]
-    return static_supernet(net, Plan(random_archs(net.space, 6), size), lambda: sample)[0]
-
-
-@pytest.mark.usefixtures("static", "no_collector")
-def test_memory_that_had_to_grow_and_what_was_captured_on_it_are_let_go_at_once():
-    net = tiny_supernet()
-    archs = random_archs(net.space, 6)
-    _evaluator(net, size=4).evaluate(archs)
-    found = _found(net)
-    memory = weakref.ref(found.state.arena.memory)
-    scoring = weakref.ref(found._scoring_pass(24))
-    small = memory().numel()
-    trainer = PathTrainer(net, lr=0.1)
-    trainer.update(Plan(archs, 4), *DATA.train.batch(0, 24), position=0)
-    assert found.state.arena.memory.numel() > small
-    assert memory() is None
-    assert scoring() is None
-    assert _found(net) is found
-
-
-@pytest.mark.usefixtures("static", "no_collector")
-def test_a_trainers_buffers_and_graphs_go_with_it_and_the_pool_stays():
-    net = tiny_supernet()
-    state = None
-    for releases in (True, False):
-        trainer = PathTrainer(net, lr=0.1)
-        trainer.update(Plan(random_archs(net.space, 6), 4), *DATA.train.batch(0, 8), position=0)
-        static = trainer._static
-        assert state in (None, static.static.state)
-        state = static.static.state
-        one = weakref.ref(next(iter(static._passes._found.values())))
-        gradients = weakref.ref(static.update_of._gradients)
-        del static
-        if releases:
-            trainer.release()
-        else:
-            del trainer
-        assert one() is None
-        assert gradients() is None
-        assert not state.arena.users - {_found(net)._passes}
-
-
-def test_a_released_trainer_goes_on_as_it_would_have(static):
-    nets, losses = [], []
-    for releases in (False, True):
-        net = tiny_supernet()
-        trainer = PathTrainer(net, lr=0.1)
-        for position in range(3):
-            plan = Plan(random_archs(net.space, 4, seed=position), 4)
-            losses.append(trainer.update(plan, *DATA.train.batch(position, 8), position=position))
-            if releases:
-                trainer.release()
-        nets.append(net.tensors() | trainer.optimizer.momenta())
-    assert changed_tensors(*nets) == set()
-    assert losses[:3] == losses[3:]
-
-
-def test_memory_is_reserved_once_for_scores_and_for_the_updates_that_follow(static, monkeypatch):
-    made, reserved = [], []
-    init, reserve = PopulationPass.__init__, Arena.reserve
-
-    def count(found, *given, **options):
-        made.append(type(found).__name__)
-        init(found, *given, **options)
-
-    def note(arena, num_bytes):
-        before = arena.memory.numel()
-        reserve(arena, num_bytes)
-        if arena.memory.numel() != before:
-            reserved.append(arena.memory.numel())
-
-    monkeypatch.setattr(PopulationPass, "__init__", count)
-    monkeypatch.setattr(Arena, "reserve", note)
-    net = tiny_supernet()
-    options = {"generations": 1, "population": 4, "parents": 2, "top_k": 2, "shift_steps": 2}
-    search(net, DATA, **options, shift_batch_size=16, head_warmup_steps=0)
-    assert len(reserved) == 1
-    sizes = {len(images) for images, _ in (*DATA.validation, *DATA.calibration)}
-    assert sorted(made) == ["PopulationPass"] * len(sizes) + ["TrainingPass"]
-
-
-def test_scored_batches_of_several_sizes_are_made_room_for_at_once(static):
-    net = tiny_supernet()
-    data = synthetic_data(validation=(4, 16, 8), calibration=(6,))
-    archs = random_archs(net.space, 6)
-    Evaluator(net, data.validation, calibration=data.calibration, subtrie_size=4).evaluate(archs)
-    assert sorted(key for (key,) in _found(net)._passes._found) == [4, 6, 8, 16]
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_steps_are_made_in_falling_order_of_size(trains, static, monkeypatch):
-    wanted, made = [], []
-    prepare, capture = StepCache.prepare, CapturedStep.capture
-
-    def note(cache, steps):
-        steps = list(steps)
-        wanted.append({id(step.function): step for step in steps})
-        prepare(cache, steps)
-
-    def record(step):
-        made.append(wanted[-1][id(step.function)])
-        return capture(step)
-
-    monkeypatch.setattr(StepCache, "prepare", note)
-    monkeypatch.setattr(CapturedStep, "capture", record)
-    net = tiny_supernet()
-    archs = random_archs(net.space, 6)
-    if trains:
-        PathTrainer(net, lr=0.1).update(Plan(archs, 4), *DATA.train.batch(0, 8), position=0)
-    else:
-        _evaluator(net, "running", size=4).evaluate(archs)
-    sizes = [step.num_bytes for step in made]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(made) == len(wanted[0]) > 20
-    # A block's widest bucket comes before its narrower ones.
-    name = "forward" if trains else "infer"
-    nodes = [step.key[2] for step in made if step.key[:2] == (name, 2)]
-    assert nodes == sorted(nodes, reverse=True)
-    assert nodes[0] == 4
-
-
-def test_an_update_whose_parameters_no_unit_has_is_by_modules_and_says_why(static):
-    net = tiny_supernet()
-    net.stem.scale = nn.Parameter(torch.ones(1))
-    trainer = PathTrainer(net, lr=0.1)
-    trainer.update(Plan(random_archs(net.space, 2)), *DATA.train.batch(0, 4), position=0)
-    assert trainer.computed == "modules: stem.scale: a parameter that no unit has"
-    assert trainer.updates == 1
-
-
-def test_a_dense_kernel_in_channels_last_memory_is_moved_into_the_plain_order(static):
-    net = tiny_supernet().to(memory_format=torch.channels_last)
-    archs = random_archs(net.space, 3)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    found = _evaluator(net).evaluate(archs)
-    assert found.computed == "static"
-    assert all(p.is_contiguous() for p in net.parameters())
-    assert changed_tensors(before, net.state_dict()) == set()
-    assert isinstance(net.stem._modules["0"].weight, nn.Parameter)
-
-
-def test_a_weight_that_begins_off_a_wide_access_is_moved_once(static):
-    net = tiny_supernet()
-    weight = net.blocks[0][1]._modules["0"].weight
-    flat = torch.zeros(weight.numel() + 1)
-    flat[1:] = weight.detach().flatten()
-    weight.data = flat[1:].view(weight.shape)
-    assert weight.data_ptr() % 16
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    archs = random_archs(net.space, 3)
-    assert _evaluator(net).evaluate(archs).computed == "static"
-    place = weight.data_ptr()
-    assert place % 16 == 0
-    _evaluator(net).evaluate(archs)
-    assert weight.data_ptr() == place
-    assert changed_tensors(before, net.state_dict()) == set()
+        evaluator_of(net).evaluate(archs)

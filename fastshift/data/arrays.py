@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshift.backends import cuda_backend
+from fastshift.backends import why_no_triton
 from fastshift.data.batches import Normalisation, Source, TrainBatches
 from fastshift.data.options import Options
 from fastshift.data.splits import check_labels
@@ -93,16 +93,17 @@ class ArraySource(Source):
     ) -> TrainBatches:
         """Return the images at `positions` as an endless stream, on a GPU where one is named.
 
+        They stay on the host, and say why, where they are too many for the GPU or its kernels
+        cannot run.
+
         Raises:
             DataError: as the other sources, or that GPU is not there.
         """
         plain = super().train_batches(positions, options=options, normalise=normalise, flip=flip)
-        num_bytes = len(positions) * self.images[:1].numel()
-        if (
-            not options.device.startswith("cuda")
-            or num_bytes > MOST_BYTES
-            or cuda_backend() != "triton"
-        ):
+        if not options.device.startswith("cuda"):
+            return plain
+        if why := self._why_on_host(len(positions)):
+            plain.augmented = f"on the host: {why}"
             return plain
         try:
             device = parse_device(options.device)
@@ -117,6 +118,17 @@ class ArraySource(Source):
             normalise=normalise,
             augmentation=plain.augmentation,
         )
+
+    def _why_on_host(self, num: int) -> str | None:
+        """Why so many images cannot be augmented on a GPU; None where they can."""
+        num_bytes = num * self.images[:1].numel()
+        if num_bytes > MOST_BYTES:
+            return (
+                f"{num_bytes / 2**30:.2f} GiB of images, more than the {MOST_BYTES / 2**30:.2f} "
+                "that are kept on a GPU"
+            )
+        lacking = why_no_triton()
+        return lacking and f"without the Triton kernels: {lacking}"
 
     def digest(self) -> str:
         """Return a sha256 over shape, pixels and labels, as hexadecimal digits."""

@@ -69,7 +69,7 @@ class Source(Protocol):
             fill=tuple(round(255 * mean) for mean in normalise.mean),
             flip=flip,
         )
-        return TrainBatches(
+        batches = TrainBatches(
             self,
             positions,
             batch_size=options.batch_size,
@@ -77,6 +77,9 @@ class Source(Protocol):
             normalise=normalise,
             augmentation=augmentation if options.augment else None,
         )
+        if options.device.startswith("cuda") and not self.is_in_memory:
+            batches.augmented = "on the host: the images are read from files"
+        return batches
 
     def fixed_batches(
         self,
@@ -174,7 +177,11 @@ class TrainBatches:
     Attributes:
         num_images: size of the training part.
         batch_size: images in a batch where `batch` is given no size.
+        augmented: where its images are augmented and normalised, `on the host` or `on cuda:0`, and
+            why not on the GPU that was named.
     """
+
+    augmented = "on the host"
 
     def __init__(
         self,

@@ -169,6 +169,7 @@ class DaliTrainBatches(TrainBatches):
             augmentation=augmentation,
         )
         self.shard_id, self.num_shards = shard_id, num_shards
+        self.augmented = f"by DALI on {source.device}"
         has_colors = augmentation is not None and augmentation.color_jitter > 0
         self._reader = Reader(source.image_size, source.device, normalise, has_colors=has_colors)
 

@@ -32,6 +32,7 @@ class UploadedTrainBatches(TrainBatches):
     def __init__(self, *, device: torch.device, **rest: object) -> None:
         super().__init__(**rest)
         self.device = device
+        self.augmented = f"on {device}"
         self._images: Tensor | None = None
         self._constants: tuple[Tensor, Tensor, Tensor] | None = None
 
