@@ -81,16 +81,17 @@ class Pool {
   }
 
   void work(int index, long seen) {
-    for (;;) {
+    for (bool wanted = true;;) {
       const auto begins = [&] { return round_.load() != seen; };
-      if (spins()) spin(begins);
+      if (wanted && spins()) spin(begins);
       {
         std::unique_lock<std::mutex> lock(mutex_);
         ++sleeping_;
         start_.wait(lock, begins);
         --sleeping_;
         seen = round_.load();
-        if (index >= wanted_) continue;
+        wanted = index < wanted_.load();
+        if (!wanted) continue;
       }
       take();
       {
