@@ -177,13 +177,13 @@ def _conditions(record: dict[str, Any]) -> str:
     if lacking:
         names = " and ".join({"avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX"}[n] for n in lacking)
         lines.append(f"{names}: not measured, the machine has none.")
-    compiled = any(
-        name.startswith("compiled")
+    compiled = dict.fromkeys(
+        f"{row['item']} in {row['precision']}"
         for row in record["rows"]
-        for name in row.get("baseline_seconds", {})
+        if any(name.startswith("compiled") for name in row.get("baseline_seconds", {}))
     )
-    if not compiled:
-        lines.append("`torch.compile` is not among the baselines: not measured.")
+    where = f" but of {', '.join(compiled)}" if compiled else ""
+    lines.append(f"`torch.compile` is not among the baselines{where}: not measured.")
     for run in record["runs"]:
         before, after = run["ceiling_before"], run["ceiling_after"]
         peaks = ", ".join(
