@@ -150,11 +150,15 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     for (int i = chain.first + 1; i < chain.stop; ++i) {
       cuts = cuts && (units_[i].depthwise || (units_[i].kernel == 1 && units_[i].stride == 1));
     }
-    for (int64_t parts = 1;; ++parts) {
-      const int64_t step = (g.out_height + parts - 1) / parts;
+    for (int64_t step = g.out_height;;) {
       Flow flow(geometry, chain.first, chain.stop, step, element);
-      const bool fits = held(flow) * size_of(element) <= kTileBytes;
+      const int64_t bytes = held(flow) * size_of(element);
+      const bool fits = bytes <= kTileBytes;
       if (fits || !cuts || step == 1 || step * g.out_width <= kTilePositions) return flow;
+      // About as many parts as would fit, of about the same size, and more than so far.
+      const int64_t now = (g.out_height + step - 1) / step;
+      const int64_t parts = std::max(now + 1, now * bytes / kTileBytes);
+      step = std::min(step - 1, (g.out_height + parts - 1) / parts);
     }
   };
   std::vector<Flow> flows{flow_of(main_chain())};

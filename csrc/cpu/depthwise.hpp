@@ -20,8 +20,8 @@ inline int64_t depthwise_scratch(const Geometry& g) {
 }
 
 // Asks for the vectors of a line that is read soon, in the order in which lines are read: they lie
-// too far apart for the hardware to foresee. x: of lines [first, stop) of each image, `width` rows
-// a line and `lines` a ring.
+// too far apart for the hardware to foresee. The lines [first, stop) of each image are read; a line
+// has `width` rows, and of an image `lines` are held.
 template <class T>
 struct LineAhead {
   Source x;

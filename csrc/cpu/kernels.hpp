@@ -42,8 +42,12 @@ struct Target {
 struct Forward {
   Geometry geometry;
   int64_t first_image, stop_image;
-  int64_t first_line, stop_line;  // of outputs; not all of an image's: of one image alone
-  int64_t x_lines;                // line i of an image of x is where line i % x_lines would be
+  // Of each image the output lines [first_line, stop_line): all of them, unless the task is one
+  // image's and none of it is pooled.
+  int64_t first_line, stop_line;
+  // Lines of an image of x that are held: fewer than its height are a ring, which a depthwise unit
+  // finds line i of at i % x_lines. A product reads x as it reads a whole image.
+  int64_t x_lines;
   Source x;
   Affine prologue;      // of x
   const float* weight;  // packed

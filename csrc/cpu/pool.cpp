@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -18,12 +19,21 @@ namespace {
 // as long, which is a good part of a small block.
 constexpr std::chrono::microseconds kSpin{40};
 
-inline void pause() {
+inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Cores that this process may run on; a limit on its time, as containers have, does not show in it.
+int cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
 }
 
 // Whether `done` came true within that time.
@@ -33,7 +43,7 @@ bool spin(const Done& done) {
   do {
     for (int i = 0; i < 32; ++i) {
       if (done()) return true;
-      pause();
+      relax();
     }
   } while (std::chrono::steady_clock::now() < stop);
   return false;
@@ -101,7 +111,7 @@ class Pool {
     }
   }
 
-  // Where threads have to share cores, one that looks for work keeps another from doing it.
+  // Where a call's threads have to share cores, one that looks for work keeps another from it.
   bool spins() const { return wanted_.load() < cores_; }
 
   std::mutex caller_, mutex_;
@@ -109,13 +119,13 @@ class Pool {
   std::vector<std::thread> workers_;
   const std::function<void(int)>* task_ = nullptr;
   std::atomic<int> next_{0}, wanted_{0}, busy_{0};
-  const int cores_ = static_cast<int>(std::thread::hardware_concurrency());
+  const int cores_ = cores();
   int count_ = 0, sleeping_ = 0;
   std::atomic<long> round_{0};
   std::exception_ptr error_;
 };
 
-// Never destroyed: its threads sleep until the process ends, and are not there in a forked child.
+// Never destroyed: its threads wait until the process ends, and are not there in a forked child.
 // No lock: one that another thread held while this process forked would stay taken.
 Pool& pool() {
   struct Owned {
