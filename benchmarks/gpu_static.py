@@ -32,9 +32,11 @@ import torch
 import triton
 from catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
 from kernel_sites import SITES, SMALL, Site, network
-from machine_code import CARDS, compile_launch
+from machine_code import compile_launch
 from static_checks import known, regressions, shortfalls
 from static_tables import tables
+
+from fastshift.kernels.cards import CARDS
 
 __all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of", "variants"]
 

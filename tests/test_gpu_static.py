@@ -19,10 +19,11 @@ from catalogue import DTYPES, Case, Inputs, Network, cases, record, recorded
 from gpu_static import collect, counted_bytes, variants
 from interpreter_memory import watch
 from kernel_sites import SITES, SMALL, network
-from machine_code import CARDS, compile_launch, occupancy, read_code
+from machine_code import compile_launch, occupancy, read_code
 from static_checks import REGISTER_TOLERANCE, known, regressions, shortfalls
 from static_tables import tables
 
+from fastshift.kernels.cards import CARDS
 from fastshift.ops import chain_params
 from fastshift.spaces import build
 from fastshift.static_levels import levels_of

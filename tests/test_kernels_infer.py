@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ import triton
 
 from fastshift import _operators_ref
 from fastshift.kernels import infer as kernels
+from fastshift.kernels import infer_bands, infer_tiles
+from fastshift.kernels.infer_bands import Machine, plan_bands, seconds_by_steps
+from fastshift.kernels.cards import CARDS, card_of
 from fastshift.kernels.infer_plan import plan_infer
 from fastshift.operators import implementation, layer_infer
 from fastshift.ops import (
@@ -197,6 +202,44 @@ def unwritten_is_nan(monkeypatch):
     monkeypatch.setattr(kernels, "torch", _Poisoned())
 
 
+# Images and rows of a band at a time; None is a launch for each stage.
+FORMS = {"stages": None, "rows": (1, 2), "images": (2, 99)}
+
+
+def _take(form, monkeypatch, programs=3):
+    """Have layers computed in bands of a size, with few programs, or stage by stage."""
+
+    def choose(plan, machine):
+        found = plan_bands(plan, machine) if form else None
+        return found and replace(found, programs=programs)
+
+    def bands(images, chain, *, of=infer_bands._bands):
+        height = next(job["out_height"] for job in chain if not job["to_hidden"])
+        wanted = form[0], min(form[1], height)
+        found = [band for band in of(images, chain) if (band.images, band.rows) == wanted]
+        return found or list(of(images, chain))[-1:]
+
+    monkeypatch.setattr(kernels, "choose_bands", choose)
+    if form:
+        monkeypatch.setattr(infer_bands, "_bands", bands)
+    for name in ("_bands", "_launches"):  # which keep what they once chose
+        monkeypatch.setattr(kernels, name, cache(getattr(kernels, name).__wrapped__))
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Each form of a layer's launches."""
+    _take(FORMS[request.param], monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["stages", "rows"])
+def one_form_of_each(request, monkeypatch):
+    """A launch for each stage, and one for all."""
+    _take(FORMS[request.param], monkeypatch)
+    return request.param
+
+
 BY_NAME = pytest.mark.parametrize("name", OPS)
 BY_DTYPE = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 
@@ -210,24 +253,28 @@ def _assert_every_choice_is_accurate(name, size, kernel):
     case.assert_accurate(case.run())
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize("name", ["s1", "s2"])
 def test_every_choice_is_as_accurate_as_the_reference(name, size):
     _assert_every_choice_is_accurate(name, size, KERNELS[size])
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", ["rare", "end_in_depthwise"])
 def test_chains_that_no_ready_made_space_has(name):
     _assert_every_choice_is_accurate(name, "odd", 3)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("size", ["easy", "tiny"])
 @pytest.mark.parametrize("name", ["rare", "end_in_depthwise"])
 def test_chains_that_no_ready_made_space_has_at_other_sizes(name, size):
     _assert_every_choice_is_accurate(name, size, KERNELS[size])
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("s1", torch.bfloat16), ("s2", torch.bfloat16), ("s1", torch.float16)],
@@ -238,13 +285,17 @@ def test_narrow_rows_are_as_accurate_as_their_type(name, dtype):
     case.assert_accurate(case.run())
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_several_tiles_of_positions_output_channels_and_input_channels(monkeypatch):
-    monkeypatch.setattr(kernels, "block_sizes", lambda *_: kernels.Blocks(16, 16, 16, 4, 128, 3))
+    for module in (kernels, infer_bands):
+        small = infer_tiles.Blocks(16, 16, 16, 4, 128, 3)
+        monkeypatch.setattr(module, "block_sizes", lambda *_: small)
     ops = [inverted_residual(20, 20, 1, 1, 3), shuffle_unit(20, 20, 1, 3, mid=18), identity(20)]
     case = _Case(ops, (3, 20, 3, 3), (1, (0, 0, 0), (0, 1, 2)))
     case.assert_accurate(case.run())
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_batch_norms_without_scale_and_shift():
     case = _Case([shuffle_unit(4, 8, 2, 3)], SHAPES["tiny"], (1, (0,), (0,)), affine=False)
     case.assert_accurate(case.run())
@@ -260,6 +311,7 @@ def test_a_mean_far_from_zero_costs_no_more_digits_than_the_references():
     case.assert_accurate(case.run())
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_a_nan_stays_one_through_activations():
     case = _Case([inverted_residual(4, 4, 1, 2, 3)], SHAPES["tiny"], (1, (0,), (0,)))
     case.rows[0, 1] = torch.nan
@@ -269,6 +321,7 @@ def test_a_nan_stays_one_through_activations():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("form")
 @BY_NAME
 @BY_DTYPE
 @pytest.mark.parametrize(
@@ -285,6 +338,7 @@ def test_larger_rows_of_every_type(name, dtype, shape, affine):
 # What does not change a node
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_a_padding_node_is_not_written_and_disturbs_no_other():
     population = (2, (0, 1, 0, 1, 0), (1, -1, 4, -1, 0))
     case = _Case(OPS["s1"](4), SHAPES["tiny"], population)
@@ -293,6 +347,7 @@ def test_a_padding_node_is_not_written_and_disturbs_no_other():
     case.assert_accurate(found)
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_results_repeat_to_the_bit_whatever_stands_beside_a_node():
     ops = [identity(6), inverted_residual(6, 6, 1, 2, 3), shuffle_unit(6, 6, 1, 3)]
     case = _Case(ops, SHAPES["odd"])
@@ -305,6 +360,7 @@ def test_results_repeat_to_the_bit_whatever_stands_beside_a_node():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
+@pytest.mark.usefixtures("form")
 def test_no_bit_depends_on_the_order_of_programs(last_program_first):
     case = _Case(OPS["s1"](6), SHAPES["odd"])
     found = case.run()
@@ -312,6 +368,7 @@ def test_no_bit_depends_on_the_order_of_programs(last_program_first):
     assert torch.equal(case.run(), found)
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_an_identity_is_a_copy_and_even_channels_pass_to_the_bit():
     case = _Case(OPS["s1"](6), SHAPES["odd"], (2, (1, 0), (0, 2)), torch.bfloat16)
     found = case.run()
@@ -320,6 +377,7 @@ def test_an_identity_is_a_copy_and_even_channels_pass_to_the_bit():
     assert torch.equal(found[1, ..., :3], case.rows[0, ..., ::2])
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_memory_of_any_stride_is_read():
     ops = [projection(4, 8, 2), shuffle_unit(4, 8, 2, 3)]
     case = _Case(ops, SHAPES["tiny"], (2, (1, 0, 1), (1, 0, 1)))
@@ -334,6 +392,7 @@ def test_memory_of_any_stride_is_read():
     assert torch.equal(found, again)
 
 
+@pytest.mark.usefixtures("one_form_of_each")
 def test_no_nodes_and_no_images_give_empty_rows():
     case = _Case(OPS["s2"](4), SHAPES["tiny"])
     none = case.run(parent=case.parent[:0], choice=case.choice[:0], moments=case.moments[:0])
