@@ -157,6 +157,7 @@ def _row(case: Case, recording: Recording) -> dict[str, Any]:
         "variants": sorted(variants(recording)),
         "budget": case.launches,
         "made_bytes": case.made_bytes,
+        "scratch_bytes": case.scratch(case.dtype),
         "allocated_bytes": recording.allocated_bytes,
         "read_bytes": case.read_bytes,
         "written_bytes": case.written_bytes,

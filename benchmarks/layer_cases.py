@@ -15,7 +15,7 @@ import torch
 from catalogue import DTYPES, Case, Inputs, Level, Network
 from torch import Tensor
 
-from fastshift.kernels.infer import infer
+from fastshift.kernels.infer import infer, scratch_bytes
 from fastshift.kernels.layer import backward, train
 from fastshift.kernels.plan import Op, plan_layer
 
@@ -93,6 +93,11 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         shape = (*plan.out_size, plan.channels[1])
         return *_given(level, dtype, device), moments, level.layer, shape
 
+    def scratch(name: str) -> int:
+        precision = "tf32" if name == "tf32" else "ieee"
+        device = torch.device("meta")
+        return scratch_bytes(level.layer, *level.rows[1:], device, DTYPES[dtype], precision)
+
     yield Case(
         "layer_infer",
         site,
@@ -104,6 +109,7 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         written_bytes=out,
         launches=3 if longest > 1 else 2,
         made_bytes=out,
+        scratch=scratch,
         **common,
     )
 

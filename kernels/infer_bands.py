@@ -28,6 +28,7 @@ __all__ = ["BandPlan", "Machine", "choose_bands", "plan_bands", "seconds_by_step
 CACHE_SHARE = 0.5  # of the second-level cache that all scratches may have
 _NODES = 8  # of a level that stands for all others where programs share its bands
 _REGISTERS = 65536  # of a multiprocessor
+_FEWEST_WARPS = 8  # of it that hide each other's waiting
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,14 @@ class Machine:
         """Whether products run on them."""
         return self.rate != "vector"
 
-    def programs(self, blocks: Blocks) -> int:
-        """How many there can be at once, of registers and shared memory alone."""
-        registers = -(-blocks.registers // 8) * 8 * 32 * blocks.warps
-        each = min(_REGISTERS // registers, self.card.shared // (blocks.shared + 1024))
-        return max(each, 1) * self.multiprocessors
+    def programs(self, blocks: Blocks) -> list[int]:
+        """How many there may be: as registers and shared memory admit, or fewer, by halves."""
+        registers = ceil_div(blocks.registers, 8) * 8 * 32 * blocks.warps
+        most = min(_REGISTERS // registers, self.card.shared // (blocks.shared + 1024))
+        most = max(most, 1)
+        least = min(ceil_div(_FEWEST_WARPS, blocks.warps), most)
+        halves = [most >> power for power in range(most.bit_length()) if most >> power >= least]
+        return [each * self.multiprocessors for each in halves]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,19 @@ def plan_bands(plan: InferPlan, machine: Machine) -> BandPlan | None:
     chains = [_chain(plan, choice) for choice in range(len(plan.steps[0].jobs))]
     together = InferStep(tuple(tuple(chain) for chain in chains))
     blocks = block_sizes(together, plan.images, machine.item_size, machine.tensor_cores)
-    programs = machine.programs(blocks)
+    plans = [_plan(plan, chains, blocks, machine, count) for count in machine.programs(blocks)]
+    # Of equal ones the first, whose programs are most.
+    return min((one for one in plans if one), key=lambda one: one.seconds, default=None)
+
+
+def _plan(
+    plan: InferPlan,
+    chains: Sequence[Sequence[Job]],
+    blocks: Blocks,
+    machine: Machine,
+    programs: int,
+) -> BandPlan | None:
+    """The plan for a number of programs; None where one row does not fit their scratch."""
     most = int(CACHE_SHARE * machine.card.cache) // (programs * machine.item_size)
     choices, bands, scratch, moved, arithmetic = [], 1, 0, 0.0, 0.0
     for chain in chains:

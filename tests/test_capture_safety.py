@@ -355,14 +355,16 @@ def launched(pretended, monkeypatch):
         note(self.grid, self.positional, {**self.arguments, **self.options})
 
     monkeypatch.setattr(_launch.Launch, "__call__", launch)
-    monkeypatch.setattr(infer, "infer_kernel", Kernel())
+    for name in ("infer_bands_kernel", "infer_step_kernel"):
+        monkeypatch.setattr(infer, name, Kernel())
     for module in (infer, layer):
         monkeypatch.setattr(module, "address_table", lambda tensors, device: (addresses, True))
     monkeypatch.setattr(_operators_triton, "plain", list)
     monkeypatch.setattr(_operators_triton, "_current", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # Tables of this fake device are nobody else's.
-    monkeypatch.setattr(infer, "_launches", cache(infer._launches.__wrapped__))
+    for name in ("_bands", "_launches"):
+        monkeypatch.setattr(infer, name, cache(getattr(infer, name).__wrapped__))
     monkeypatch.setattr(_operators_triton, "plan_layer", cache(plan.plan_layer.__wrapped__))
     monkeypatch.setattr(population_pass, "layer_infer_into", static_operators._infer_into)
     for module in (population_pass, training_pass):

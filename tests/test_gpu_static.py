@@ -227,6 +227,7 @@ def _record(code=None, counted=100, **changes):
         "variants": ["k FLAG=1"],
         "budget": 1,
         "made_bytes": 10,
+        "scratch_bytes": 0,
         "allocated_bytes": 10,
         "read_bytes": 5,
         "written_bytes": 5,
@@ -264,7 +265,9 @@ def _record(code=None, counted=100, **changes):
         (_record(_code(load_bytes=8)), "widest load 8 bytes, expected 16"),
         (_record(_code(store_bytes=4)), "widest store 4 bytes, expected 16"),
         (_record(_code(loads={"2": 3, "16": 2})), "3 loads of at most 16 bits"),
-        (_record(made_bytes=9, allocated_bytes=4106), "4106 bytes made, the results have 9"),
+        (_record(made_bytes=9, allocated_bytes=4106), "4106 bytes made, needed are 9"),
+        (_record(scratch_bytes=5, allocated_bytes=4112), "4112 bytes made, needed are 10"),
+        (_record(scratch_bytes=2**25), "a scratch of 33554432 bytes, at most 20971520"),
         (_record(launches=["k 1", "k 1"]), "2 launches, the budget is 1"),
         (_record(torch_launches=["aten::sum"]), "2 launches, the budget is 1"),
     ],
@@ -281,6 +284,7 @@ def test_what_meets_its_targets_passes():
     assert shortfalls(_record(_code(load_bytes=4), load_width=4)) == []
     assert shortfalls(_record(_code(loads={"1": 8}), load_width=8)) == []
     assert shortfalls(_record(made_bytes=9, allocated_bytes=4105)) == []
+    assert shortfalls(_record(scratch_bytes=5, allocated_bytes=4111)) == []
     wide = _record(_code(tensor={}))
     wide["cases"] = {"op | site | fp32": wide["cases"]["op | site | bf16"]}
     assert shortfalls(wide) == []  # fp32 products of full precision have no tensor core
