@@ -29,6 +29,7 @@ from fastshift.kernels.pointwise import product, product_d_input, product_d_weig
 from fastshift.kernels.record import (
     ACTIVE,
     BLOCK_NODES,
+    C_IN,
     FIRST,
     RAW,
     RECORD,
@@ -311,15 +312,29 @@ def _row_gradient(
                 for lane in tl.static_range(LANES):
                     record = b.table + first + (choice * LANES + lane) * RECORD
                     if (tl.load(record + ACTIVE) != 0) & (tl.load(record + FIRST) != 0):
-                        offs_i, mask_i = offs_c, offs_c < channels
                         if SPLITS:
-                            split = tl.load(record + SPLIT) != 0
-                            offs_i = tl.where(split, offs_c // 2, offs_c)
-                            mask_i &= (offs_c % 2 == 1) | (not split)
-                        acc = _add_d_input(
-                            acc, b, record, node, offs_p, offs_i, mask_i,
-                            DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
-                        )  # fmt: skip
+                            if tl.load(record + SPLIT) != 0:
+                                # Odd channels alone have a gradient; side by side they are read
+                                # in whole vectors.
+                                offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
+                                odd = tl.zeros([BLOCK_P, BLOCK_C // 2], tl.float32)
+                                odd = _add_d_input(
+                                    odd, b, record, node, offs_p, offs_h,
+                                    offs_h < sized(record, C_IN, ALIGN),
+                                    DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                                )  # fmt: skip
+                                pairs = tl.join(tl.zeros_like(odd), odd)
+                                acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
+                            else:
+                                acc = _add_d_input(
+                                    acc, b, record, node, offs_p, offs_c, offs_c < channels,
+                                    DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                                )  # fmt: skip
+                        else:
+                            acc = _add_d_input(
+                                acc, b, record, node, offs_p, offs_c, offs_c < channels,
+                                DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                            )  # fmt: skip
         tl.store(b.d_rows + at, acc.to(b.d_rows.dtype.element_ty), mask=mask)
 
 

@@ -173,7 +173,7 @@ def _last_totals(
     node = item // 2
     choice = tl.load(b.choice + node)
     chain = b.frames + tl.maximum(choice, 0) * FRAME + FRAME_CHAIN + item % 2 * CHAIN
-    c = tl.load(chain + CHAIN_C)
+    c = sized(chain, CHAIN_C, ALIGN)
     positions = tl.load(b.table + OUT_PIXELS)
     begin = part * chunk * BLOCK_P
     there = (choice >= 0) & (tl.load(chain + CHAIN_THERE) != 0)
