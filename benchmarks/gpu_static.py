@@ -151,12 +151,14 @@ def _compile(index: int) -> tuple[dict[str, Any], float]:
 
 def _row(case: Case, recording: Recording) -> dict[str, Any]:
     compulsory = case.read_bytes + case.written_bytes
+    least = case.made_bytes if case.least_made_bytes is None else case.least_made_bytes
     return {
         "launches": [key_of(launch) for launch in recording.launches],
         "torch_launches": recording.torch_launches,
         "variants": sorted(variants(recording)),
         "budget": case.launches,
         "made_bytes": case.made_bytes,
+        "least_made_bytes": least,
         "scratch_bytes": case.scratch(case.dtype),
         "allocated_bytes": recording.allocated_bytes,
         "read_bytes": case.read_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -227,6 +228,7 @@ def _record(code=None, counted=100, **changes):
         "variants": ["k FLAG=1"],
         "budget": 1,
         "made_bytes": 10,
+        "least_made_bytes": 8,
         "scratch_bytes": 0,
         "allocated_bytes": 10,
         "read_bytes": 5,
@@ -336,6 +338,18 @@ def test_the_tables_show_every_kernel_case_and_count():
     assert "no time was measured" in text
 
 
+def test_the_tables_show_memory_made_beside_what_is_needed_and_what_computing_again_would_leave():
+    sizes = {"allocated_bytes": 9 * 10**6, "made_bytes": 7 * 10**6, "scratch_bytes": 4 * 10**6}
+    head, row = (
+        re.split(r" {2,}", line)
+        for line in tables(_record(least_made_bytes=6 * 10**6, **sizes))
+        if "scratch  " in line or ">= 1" in line
+    )
+    found = dict(zip(head, row, strict=True))
+    wanted = {"made MB": "9", "needed": "7", "scratch": "4", "beyond least": "3"}
+    assert {name: found[name] for name in wanted} == wanted
+
+
 def test_a_target_that_the_record_misses_too_is_known_and_a_worse_one_is_not_silent():
     old = _record(_code(spills=5, stack_bytes=8))
     new = _record(_code(spills=3, stack_bytes=16))
@@ -375,6 +389,14 @@ def test_every_body_of_a_kernel_that_some_level_runs_stands_in_the_record():
     for site in SITES:
         for case in cases(network(site), "bf16"):
             assert variants(recorded(case)) <= seen, (case.name, case.site)
+
+
+def test_memory_needed_is_least_where_nothing_is_read_again_and_most_where_all_is_kept():
+    for case in cases(network(SITES[0], whole=False), "bf16"):
+        if case.name == "layer_infer":
+            assert case.made_bytes == case.least_made_bytes
+        elif case.name.startswith("layer_"):
+            assert case.made_bytes > case.least_made_bytes
 
 
 def test_every_kernel_stands_in_the_record_in_every_type_for_every_architecture():
