@@ -39,10 +39,10 @@ from fastshift.kernels.record import (
     SOURCE_GRADIENT,
     SOURCE_RAW,
     SOURCE_RELU,
-    SPLIT,
     gradient_of,
     node_span,
     raw_of,
+    reads_odd,
     sized,
     source_of,
     totals_of,
@@ -145,17 +145,11 @@ def convolution_fwd_kernel(
     stop = tl.minimum(begin + chunk * BLOCK_P, positions)
     for start in range(begin, stop, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
-        if SPLITS:
-            if tl.load(record + SPLIT):
-                acc = _raw_tile(
-                    b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 1, False,
-                    DEPTHWISE, MOVES, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
-                )  # fmt: skip
-            else:
-                acc = _raw_tile(
-                    b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 2, CONTINUES,
-                    DEPTHWISE, MOVES, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
-                )  # fmt: skip
+        if reads_odd(record, SPLITS):
+            acc = _raw_tile(
+                b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 1, False,
+                DEPTHWISE, MOVES, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
+            )  # fmt: skip
         else:
             acc = _raw_tile(
                 b, record, node, sizes, x_ptr, x_stride, offs_p, first_c, 2, CONTINUES,
@@ -312,24 +306,18 @@ def _row_gradient(
                 for lane in tl.static_range(LANES):
                     record = b.table + first + (choice * LANES + lane) * RECORD
                     if (tl.load(record + ACTIVE) != 0) & (tl.load(record + FIRST) != 0):
-                        if SPLITS:
-                            if tl.load(record + SPLIT) != 0:
-                                # Odd channels alone have a gradient; side by side they are read
-                                # in whole vectors.
-                                offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
-                                odd = tl.zeros([BLOCK_P, BLOCK_C // 2], tl.float32)
-                                odd = _add_d_input(
-                                    odd, b, record, node, offs_p, offs_h,
-                                    offs_h < sized(record, C_IN, ALIGN),
-                                    DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
-                                )  # fmt: skip
-                                pairs = tl.join(tl.zeros_like(odd), odd)
-                                acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
-                            else:
-                                acc = _add_d_input(
-                                    acc, b, record, node, offs_p, offs_c, offs_c < channels,
-                                    DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
-                                )  # fmt: skip
+                        if reads_odd(record, SPLITS):
+                            # Odd channels alone have a gradient; side by side they are read in
+                            # whole vectors.
+                            offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
+                            odd = tl.zeros([BLOCK_P, BLOCK_C // 2], tl.float32)
+                            odd = _add_d_input(
+                                odd, b, record, node, offs_p, offs_h,
+                                offs_h < sized(record, C_IN, ALIGN),
+                                DEPTHWISE, MOVES, ALIGN, BLOCK_K, PRECISION, UPCAST,
+                            )  # fmt: skip
+                            pairs = tl.join(tl.zeros_like(odd), odd)
+                            acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
                         else:
                             acc = _add_d_input(
                                 acc, b, record, node, offs_p, offs_c, offs_c < channels,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from fastshift.kernels.infer_jobs import COLUMNS, KINDS
+from fastshift.kernels.norm import activate, load_channels
+from fastshift.kernels.record import parameter_at
 
 __all__ = ["stage_tile"]
 
@@ -34,13 +36,6 @@ _SCALE, _SHIFT, _MOMENTS, _RELU, _EPS = (tl.constexpr(i) for i in range(1, 6))
 
 
 @triton.jit
-def _parameter(address_ptr, index, ALIGN: tl.constexpr):
-    """The float32 parameter at a place of the list; the first where there is none."""
-    address = tl.load(address_ptr + tl.maximum(index, 0))
-    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
-
-
-@triton.jit
 def _normalise(
     values, unit, moments_ptr, address_ptr, offs_c, channels, ADDRESS_ALIGN: tl.constexpr
 ):
@@ -54,33 +49,13 @@ def _normalise(
     variance = tl.load(moments_ptr + at + channels + offs_c, mask=mask, other=1.0)
     eps = tl.load(unit + _EPS).to(tl.int32).to(tl.float32, bitcast=True)
     index = tl.load(unit + _SCALE)
-    gamma_ptr = _parameter(address_ptr, index, ADDRESS_ALIGN)
+    gamma_ptr = parameter_at(address_ptr, index, ADDRESS_ALIGN)
     gamma = tl.load(gamma_ptr + offs_c, mask=mask & (index >= 0), other=1.0)
     values *= (gamma * tl.rsqrt(variance + eps))[None, :]
     index = tl.load(unit + _SHIFT)
-    beta_ptr = _parameter(address_ptr, index, ADDRESS_ALIGN)
+    beta_ptr = parameter_at(address_ptr, index, ADDRESS_ALIGN)
     values += tl.load(beta_ptr + offs_c, mask=mask & (index >= 0), other=0.0)[None, :]
-    # A maximum would turn a NaN to zero.
-    return tl.where((values < 0.0) & (tl.load(unit + _RELU) != 0), 0.0, values)
-
-
-@triton.jit
-def _read(source_ptr, offs, mask, start, channels, BLOCK: tl.constexpr, PART: tl.constexpr):
-    """`[P, BLOCK]` channels from `start` on at offsets `[P]`: all, the odd (1) or even (2) ones.
-
-    Of a pair both are read, in whole vectors, and one is dropped: every other one for itself would
-    take an access each.
-    """
-    if PART == 0:
-        offs_c = start + tl.arange(0, BLOCK)
-        inside = mask[:, None] & (offs_c < channels)[None, :]
-        return tl.load(source_ptr + offs[:, None] + offs_c[None, :], mask=inside, other=0.0)
-    else:
-        offs_c = 2 * start + tl.arange(0, 2 * BLOCK)
-        inside = mask[:, None] & (offs_c < 2 * channels)[None, :]
-        pairs = tl.load(source_ptr + offs[:, None] + offs_c[None, :], mask=inside, other=0.0)
-        even, odd = tl.split(tl.reshape(pairs, (offs.shape[0], BLOCK, 2)))
-        return odd if PART == 1 else even
+    return activate(values, tl.load(unit + _RELU))
 
 
 @triton.jit
@@ -105,7 +80,7 @@ def _depthwise(
 ):
     """`[P, BLOCK]` channels from `start` on of a depthwise unit, normalised and activated."""
     unit = job + _SPATIAL
-    weight_ptr = _parameter(address_ptr, tl.load(unit), ADDRESS_ALIGN)
+    weight_ptr = parameter_at(address_ptr, tl.load(unit), ADDRESS_ALIGN)
     offs_c = start + tl.arange(0, BLOCK)
     weight_ptrs = weight_ptr + offs_c * (kernel * kernel)
     sums = tl.zeros((corner.shape[0], BLOCK), tl.float32)
@@ -114,7 +89,9 @@ def _depthwise(
         offs_y = (corner + dy * width) * row
         for dx in range(kernel):
             inside = mask_y & (x + dx >= 0) & (x + dx < width)
-            values = _read(source_ptr, offs_y + dx * row, inside, start, channels, BLOCK, PART)
+            values = load_channels(
+                source_ptr, offs_y + dx * row, inside, start, channels, BLOCK, PART
+            )
             weight = tl.load(weight_ptrs, mask=offs_c < channels, other=0.0)
             weight_ptrs += 1
             sums += values.to(tl.float32) * weight[None, :]
@@ -186,22 +163,24 @@ def stage_tile(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < out_channels
     if KIND == _COPY:
-        # Of a split the even channels pass; `_read` calls them part 2.
-        out = _read(source_ptr, corner * row, mask_p, start_n, out_channels, BLOCK_N, 2 * PART)
+        # Of a split the even channels pass.
+        out = load_channels(
+            source_ptr, corner * row, mask_p, start_n, out_channels, BLOCK_N, 2 - 2 * PART
+        )
     elif KIND == _DEPTHWISE:
         out = _depthwise(
             job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width, row,
-            kernel, start_n, out_channels, BLOCK_N, PART, ADDRESS_ALIGN,
+            kernel, start_n, out_channels, BLOCK_N, 2 - PART, ADDRESS_ALIGN,
         )  # fmt: skip
     else:
-        weight_ptr = _parameter(address_ptr, tl.load(job + _PRODUCT), ADDRESS_ALIGN)
+        weight_ptr = parameter_at(address_ptr, tl.load(job + _PRODUCT), ADDRESS_ALIGN)
         sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
         offs_k = tl.arange(0, BLOCK_K)
         if KIND == _PAIR:
             for start in range(0, in_channels, BLOCK_K):
                 values = _depthwise(
                     job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width,
-                    row, kernel, start, in_channels, BLOCK_K, PART, ADDRESS_ALIGN,
+                    row, kernel, start, in_channels, BLOCK_K, 2 - PART, ADDRESS_ALIGN,
                 ).to(source_ptr.dtype.element_ty)  # fmt: skip
                 at = offs_n[None, :] * in_channels + start + offs_k[:, None]
                 mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
@@ -209,7 +188,9 @@ def stage_tile(
                 sums = _dot(values, weight, sums, PRECISION, UPCAST)
         elif KIND == _POINTWISE:
             for start in range(0, in_channels, BLOCK_K):
-                values = _read(source_ptr, corner * row, mask_p, start, in_channels, BLOCK_K, PART)
+                values = load_channels(
+                    source_ptr, corner * row, mask_p, start, in_channels, BLOCK_K, 2 - PART
+                )
                 at = offs_n[None, :] * in_channels + start + offs_k[:, None]
                 mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
                 weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
@@ -221,7 +202,9 @@ def stage_tile(
                 mask_x = mask_x & (x + dx >= 0) & (x + dx < width)
                 offs = (corner + dy * width + dx) * row
                 for start in range(0, in_channels, BLOCK_K):
-                    values = _read(source_ptr, offs, mask_x, start, in_channels, BLOCK_K, PART)
+                    values = load_channels(
+                        source_ptr, offs, mask_x, start, in_channels, BLOCK_K, 2 - PART
+                    )
                     at = offs_n[None, :] * in_channels + start + offs_k[:, None]
                     mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
                     weight = tl.load(weight_ptr + at * kernel * kernel + tap, mask=mask, other=0.0)
