@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastshift.kernels._launch import Launch
 from fastshift.kernels.addresses import ALIGNMENT, address_table
 from fastshift.kernels.cards import card_of
 from fastshift.kernels.infer_bands import BandPlan, Machine, choose_bands
@@ -31,15 +32,53 @@ from fastshift.kernels.plan import Layer, refuse_capture
 __all__ = ["infer", "scratch_bytes"]
 
 
-def _constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) -> dict[str, Any]:
-    """What a launch is compiled for, its warps too.
+@dataclass(frozen=True)
+class _Compiled:
+    """What a launch is compiled for, and its table on the device.
+
+    Attributes:
+        tiles: of each job, where a program is a tile.
+        bands: the plan, where a program goes through bands.
+    """
+
+    table: Tensor
+    blocks: Blocks
+    constants: dict[str, Any]
+    num_jobs: int
+    tiles: int = 0
+    bands: BandPlan | None = None
+
+    def launch(self, kernel: Any, programs: int, *positional: Any) -> None:
+        """Start it."""
+        Launch(
+            kernel,
+            (programs,),
+            positional,
+            self.constants,
+            num_warps=self.blocks.warps,
+            num_stages=self.blocks.stages,
+            max_registers=self.blocks.registers,
+        )()
+
+
+def _compiled(
+    step: InferStep,
+    blocks: Blocks,
+    device: torch.device,
+    wide: bool,
+    precision: str,
+    **rest: Any,
+) -> _Compiled:
+    """Copy a launch's table to the device.
 
     Args:
         step, blocks: the launch and its tile.
+        device: of the rows.
         wide: whether all parameters begin where a wide access may.
         precision: of a product of float32: `ieee`, or `tf32`.
+        rest: other fields.
     """
-    return {
+    constants = {
         "NUM_JOBS": step.num_jobs,
         "VARIANTS": step.variants,
         "ADDS": step.adds,
@@ -51,29 +90,10 @@ def _constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) -> d
         "PRECISION": precision,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         "UPCAST": not isinstance(infer_step_kernel, triton.JITFunction),
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-        "maxnreg": blocks.registers,
     }
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A launch of a step, ready to start: its table on the device, and tiles of each job."""
-
-    table: Tensor
-    tiles: int
-    num_jobs: int
-    constants: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """A launch of all steps, ready to start."""
-
-    table: Tensor
-    plan: BandPlan
-    constants: dict[str, Any]
+    with torch.inference_mode(False):
+        table = torch.tensor(step.table, dtype=torch.int64, device=device)
+    return _Compiled(table, blocks, constants, step.num_jobs, **rest)
 
 
 def _machine(device: torch.device, dtype: torch.dtype, precision: str) -> Machine:
@@ -93,24 +113,17 @@ def _bands(
 @cache
 def _launches(
     plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, precision: str
-) -> _Whole | list[_Stage]:
+) -> list[_Compiled]:
     refuse_capture(device, "a layer's plan")
-
-    def table_of(step: InferStep) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.tensor(step.table, dtype=torch.int64, device=device)
-
-    whole = _bands(plan, device, dtype, precision)
-    if whole is not None:
-        constants = _constants(whole.step, whole.blocks, wide, precision)
-        return _Whole(table_of(whole.step), whole, constants)
-    machine = _machine(device, dtype, precision)
+    bands = _bands(plan, device, dtype, precision)
+    if bands is not None:
+        return [_compiled(bands.step, bands.blocks, device, wide, precision, bands=bands)]
     found = []
+    tensor_cores = _machine(device, dtype, precision).tensor_cores
     for step in plan.steps:
-        blocks = block_sizes(step, plan.images, dtype.itemsize, machine.tensor_cores)
+        blocks = block_sizes(step, plan.images, dtype.itemsize, tensor_cores)
         tiles = num_tiles(step, plan.images, blocks)
-        constants = _constants(step, blocks, wide, precision)
-        found.append(_Stage(table_of(step), tiles, step.num_jobs, constants))
+        found.append(_compiled(step, blocks, device, wide, precision, tiles=tiles))
     return found
 
 
@@ -180,77 +193,77 @@ def infer(
     plan = plan_infer(layer, *rows.shape[1:])
     addresses, wide = address_table(parameters, rows.device)
     launches = _launches(plan, rows.device, rows.dtype, wide, precision)
-    start = _start_whole if isinstance(launches, _Whole) else _start_stages
-    start(launches, plan, rows, out, moments, parent, choice, addresses)
+    sizes = rows[0].numel(), out[0].numel(), moments.shape[1]
+    nodes = moments, parent, choice
+    if launches and launches[0].bands:
+        _start_bands(launches[0], plan, rows, out, nodes, addresses, sizes)
+    else:
+        _start_steps(launches, plan, rows, out, nodes, addresses, sizes)
     return out
 
 
-def _start_whole(
-    launch: _Whole,
+def _start_bands(
+    launch: _Compiled,
     plan: InferPlan,
     rows: Tensor,
     out: Tensor,
-    moments: Tensor,
-    parent: Tensor,
-    choice: Tensor,
+    nodes: tuple[Tensor, Tensor, Tensor],
     addresses: Tensor,
+    sizes: tuple[int, int, int],
 ) -> None:
-    """Start the one launch of all steps."""
-    bands = launch.plan
-    size = bands.programs * bands.scratch
-    scratch = torch.empty(size, dtype=rows.dtype, device=rows.device)
-    infer_bands_kernel[(bands.programs,)](
+    """Start the one launch of all steps, with a scratch."""
+    bands, (row_size, out_size, moments_size) = launch.bands, sizes
+    elements = bands.programs * bands.scratch
+    scratch = torch.empty(elements, dtype=rows.dtype, device=rows.device)
+    launch.launch(
+        infer_bands_kernel,
+        bands.programs,
         rows,
         scratch,
         out,
-        moments,
-        parent,
-        choice,
+        *nodes,
         launch.table,
         addresses,
         plan.images,
-        choice.shape[0],
+        out.shape[0],
         bands.bands,
-        rows[0].numel(),
+        row_size,
         bands.scratch,
-        out[0].numel(),
-        moments.shape[1],
-        **launch.constants,
+        out_size,
+        moments_size,
     )
 
 
-def _start_stages(
-    launches: Sequence[_Stage],
+def _start_steps(
+    launches: Sequence[_Compiled],
     plan: InferPlan,
     rows: Tensor,
     out: Tensor,
-    moments: Tensor,
-    parent: Tensor,
-    choice: Tensor,
+    nodes: tuple[Tensor, Tensor, Tensor],
     addresses: Tensor,
+    sizes: tuple[int, int, int],
 ) -> None:
-    """Start the launches of all steps, one after the other."""
-    nodes = choice.shape[0]
+    """Start the launches of all steps, one after the other, with two buffers for hidden rows."""
+    row_size, out_size, moments_size = sizes
     hidden = [
-        torch.empty(nodes * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
+        torch.empty(len(out) * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
     ]
     for index, launch in enumerate(launches):
-        infer_step_kernel[(nodes * launch.num_jobs * launch.tiles,)](
+        launch.launch(
+            infer_step_kernel,
+            len(out) * launch.num_jobs * launch.tiles,
             rows,
             hidden[1 - index % 2],
             hidden[index % 2],
             out,
-            moments,
-            parent,
-            choice,
+            *nodes,
             launch.table,
             addresses,
             plan.images,
             launch.tiles,
-            rows[0].numel(),
+            row_size,
             plan.hidden[1 - index % 2],
             plan.hidden[index % 2],
-            out[0].numel(),
-            moments.shape[1],
-            **launch.constants,
+            out_size,
+            moments_size,
         )

@@ -21,7 +21,7 @@ from fastshift.kernels.cards import Card
 from fastshift.kernels.infer_jobs import InferStep, Job
 from fastshift.kernels.infer_plan import InferPlan
 from fastshift.kernels.infer_tiles import Blocks, block_sizes
-from fastshift.kernels.plan import LINE
+from fastshift.kernels.plan_records import LINE
 
 __all__ = ["BandPlan", "Machine", "choose_bands", "plan_bands", "seconds_by_steps"]
 

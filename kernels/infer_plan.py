@@ -25,7 +25,8 @@ from fastshift.kernels.infer_jobs import (
     InferStep,
     Job,
 )
-from fastshift.kernels.plan import LINE, Layer, Op, Unit
+from fastshift.kernels.plan import Layer, Op, Unit
+from fastshift.kernels.plan_records import LINE
 
 __all__ = ["InferPlan", "plan_infer"]
 

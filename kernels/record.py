@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastshift.kernels.plan import CHAIN_FIELDS, FIELDS, FRAME_FIELDS, HEADER
-from fastshift.kernels.plan import LINE as _LINE
+from fastshift.kernels.plan_records import CHAIN_FIELDS, FIELDS, FRAME_FIELDS, HEADER
+from fastshift.kernels.plan_records import LINE as _LINE
 
 LINE = tl.constexpr(_LINE)
 RECORD = tl.constexpr(len(FIELDS))

@@ -347,16 +347,10 @@ def launched(pretended, monkeypatch):
         tensors, others = _tensors((given, options)), _others((grid, given, options))
         found.append((_sizes(tensors), others))
 
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *given, **options: note(grid, given, options)
-
     def launch(self):
         note(self.grid, self.positional, {**self.arguments, **self.options})
 
     monkeypatch.setattr(_launch.Launch, "__call__", launch)
-    for name in ("infer_bands_kernel", "infer_step_kernel"):
-        monkeypatch.setattr(infer, name, Kernel())
     for module in (infer, layer):
         monkeypatch.setattr(module, "address_table", lambda tensors, device: (addresses, True))
     monkeypatch.setattr(_operators_triton, "plain", list)
