@@ -25,6 +25,8 @@ from static_checks import REGISTER_TOLERANCE, known, regressions, shortfalls
 from static_tables import tables
 
 from fastshift.kernels.cards import CARDS
+from fastshift.kernels.infer_bands import Machine, choose_bands
+from fastshift.kernels.infer_plan import plan_infer
 from fastshift.ops import chain_params
 from fastshift.spaces import build
 from fastshift.static_levels import levels_of
@@ -366,11 +368,10 @@ def test_a_target_that_the_record_misses_too_is_known_and_a_worse_one_is_not_sil
     assert "6 spills, 5 in the record" in line
 
 
-def test_the_committed_record_holds_every_case_and_misses_targets_on_memory_and_halves_alone():
+def test_the_committed_record_holds_every_case_and_misses_targets_on_memory_alone():
     found = json.loads(RECORD.read_text())
     missed = shortfalls(found)
-    known_words = ("bytes made", "loads of at most 16 bits")
-    assert [line for line in missed if not any(words in line for words in known_words)] == []
+    assert [line for line in missed if "bytes made" not in line] == []
     assert [line for line in missed if not line.startswith("layer_")] == []
     assert regressions(found, copy.deepcopy(found)) == []
     assert set(found["cards"]) == {str(capability) for capability in CARDS}
@@ -389,6 +390,24 @@ def test_every_body_of_a_kernel_that_some_level_runs_stands_in_the_record():
     for site in SITES:
         for case in cases(network(site), "bf16"):
             assert variants(recorded(case)) <= seen, (case.name, case.site)
+
+
+def test_the_readme_says_for_how_many_levels_one_launch_is_chosen():
+    plans = [
+        plan_infer(level.layer, *level.rows[1:]) for site in SITES for level in network(site).levels
+    ]
+    plans = [plan for plan in plans if len(plan.steps) > 1]
+
+    def chosen(card, rate, item_size):
+        machine = Machine(card, card.multiprocessors, item_size, rate)
+        return sum(choose_bands(plan, machine) is not None for plan in plans)
+
+    counts = [chosen(card, "bf16", 2) for card in CARDS.values()]
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"Of the {len(plans)} levels of the four spaces" in text
+    assert "for {}, {} and {} in bf16 by the figures of an A100, an H100".format(*counts) in text
+    wide = [chosen(CARDS[80], rate, 4) for rate in ("vector", "tf32")]
+    assert "for {} in fp32 and {} in TF32 by those of an A100".format(*wide) in text
 
 
 def test_memory_needed_is_least_where_nothing_is_read_again_and_most_where_all_is_kept():
@@ -520,6 +539,46 @@ def test_the_program_compiles_reads_and_counts_without_a_gpu(tmp_path):
     assert len(found["cases"]) == 2
     assert all(set(codes) == {"90"} for codes in found["kernels"].values())
     assert set(found["counted"]) == set(found["cases"])
+
+
+_COMPILE = """
+import torch, triton
+from catalogue import cases, recorded
+from kernel_sites import SMALL, network
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+[case] = [c for c in cases(network(SMALL, whole=False), "bf16") if c.name == "layer_infer"]
+[launch] = recorded(case).launches
+source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+print(launch.name, found.asm["ttgir"], "PTX", found.asm["ptx"])
+"""
+
+
+@pytest.mark.slow
+def test_a_barrier_over_all_memory_stands_behind_each_job_of_a_band(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    paths = [str(ROOT), str(ROOT / "benchmarks"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [sys.executable, "-c", _COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name, text = done.stdout.split(maxsplit=1)
+    assert name == "infer_bands_kernel"
+    code, assembly = text.split("PTX")
+    lines = [re.sub(r" loc\(.*", "", line) for line in code.splitlines()]
+    (barrier,) = (i for i, line in enumerate(lines) if line.strip() == "ttg.barrier all")
+    stores = [i for i, line in enumerate(lines) if "tt.store" in line]
+    assert len(stores) > 2
+    assert max(stores) < barrier
+    # The next line ends the loop over jobs, which begins before the first store.
+    assert lines[barrier + 1].strip().startswith("}")
+    indent = len(lines[barrier]) - len(lines[barrier].lstrip())
+    begin = " " * (indent - 2) + "scf.for"
+    assert any(line.startswith(begin) for line in lines[: min(stores)])
+    assert "bar.sync" in assembly
+    assert ".nc" not in assembly  # loads that may miss what the program has written
 
 
 def test_inputs_are_seeded_and_have_no_values_on_meta():
