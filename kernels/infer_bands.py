@@ -18,6 +18,7 @@ from itertools import accumulate
 
 from fastshift.kernels._launch import ceil_div
 from fastshift.kernels.cards import Card
+from fastshift.kernels.infer_chains import chain_of
 from fastshift.kernels.infer_jobs import InferStep, Job
 from fastshift.kernels.infer_plan import InferPlan
 from fastshift.kernels.infer_tiles import Blocks, block_sizes
@@ -95,23 +96,31 @@ def choose_bands(plan: InferPlan, machine: Machine) -> BandPlan | None:
     return found
 
 
-def plan_bands(plan: InferPlan, machine: Machine) -> BandPlan | None:
+def plan_bands(
+    plan: InferPlan, machine: Machine, parts: Sequence[bool] = (False, True)
+) -> BandPlan | None:
     """Plan a layer's inference in one launch.
 
     Args:
         plan: of a launch a stage.
         machine: what it is for.
+        parts: whether a depthwise convolution and its product may be one job, and whether two.
 
     Returns:
         None where nothing is hidden, or where one row of it does not fit a program's scratch.
     """
     if len(plan.steps) < 2:
         return None
-    chains = [_chain(plan, choice) for choice in range(len(plan.steps[0].jobs))]
-    together = InferStep(tuple(tuple(chain) for chain in chains))
-    blocks = block_sizes(together, plan.images, machine.item_size, machine.tensor_cores)
-    plans = [_plan(plan, chains, blocks, machine, count) for count in machine.programs(blocks)]
-    # Of equal ones the first, whose programs are most.
+    plans = []
+    for has_parts in parts:
+        chains = [chain_of(plan, choice, has_parts) for choice in range(len(plan.steps[0].jobs))]
+        # A depthwise convolution has chunks as wide as in front of a product.
+        products = [tuple(j for j in own if j.kind_name != "depthwise") for own in chains]
+        step = InferStep(tuple(products if any(products) else chains))
+        blocks = block_sizes(step, plan.images, machine.item_size, machine.tensor_cores)
+        counts = machine.programs(blocks)
+        plans += [_plan(plan, chains, blocks, machine, programs) for programs in counts]
+    # Of equal ones the first: with the fewest jobs, and then the most programs.
     return min((one for one in plans if one), key=lambda one: one.seconds, default=None)
 
 
@@ -153,21 +162,6 @@ def seconds_by_steps(plan: InferPlan, machine: Machine) -> float:
         )
         seconds += max(moved * machine.item_size / machine.card.bandwidth, arithmetic)
     return seconds
-
-
-def _chain(plan: InferPlan, choice: int) -> tuple[Job, ...]:
-    """A choice's jobs; for where it reads in a hidden buffer, each has the job that wrote there."""
-    found: list[Job] = []
-    places: dict[tuple[int, int], int] = {}
-    for index, step in enumerate(plan.steps):
-        for job in step.jobs[choice]:
-            if job["from_hidden"]:
-                source = places[(index - 1) % 2, job["source_at"]]
-                job = replace(job, values=job.values | {"source_at": source})
-            if job["to_hidden"]:
-                places[index % 2, job["target_at"]] = len(found)
-            found.append(job)
-    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ __all__ = ["infer_bands_kernel", "infer_step_kernel"]
 _LINE = tl.constexpr(len(COLUMNS))
 _VARIANTS = tl.constexpr(2 * len(KINDS))
 _ADD_OUTPUT = tl.constexpr(ADD_OUTPUT)
+_DEPTHWISE = tl.constexpr(KINDS.index("depthwise"))
 _VARIANT = tl.constexpr(COLUMNS.index("variant"))
 _FROM_HIDDEN = tl.constexpr(COLUMNS.index("from_hidden"))
 _SOURCE_AT = tl.constexpr(COLUMNS.index("source_at"))
@@ -67,6 +68,7 @@ def _tile(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -79,7 +81,7 @@ def _tile(
                     job, source_ptr, target_ptr, add_ptr, moments_ptr, address_ptr, low, rows,
                     source_low, source_rows, first, start_n, positions, in_channels, out_channels,
                     index // 2, index % 2, ADDS, ALIGN, ADDRESS_ALIGN,
-                    BLOCK_P, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+                    BLOCK_P, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION, UPCAST,
                 )  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def infer_step_kernel(
         job, variant, source_ptr, target_ptr, add_ptr, moments_ptr + wide * moments_size,
         address_ptr, 0, out_height, 0, tl.load(job + _HEIGHT).to(tl.int32), first, start_n,
         positions, in_channels, out_channels, VARIANTS, ADDS, ALIGN, ADDRESS_ALIGN,
-        BLOCK_P, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        BLOCK_P, BLOCK_N, BLOCK_K, BLOCK_N, PRECISION, UPCAST,
     )  # fmt: skip
 
 
@@ -166,6 +168,14 @@ def _rows_of_band(job, first_row, last_row):
     times, before = tl.load(job + _TIMES).to(tl.int32), tl.load(job + _BEFORE).to(tl.int32)
     reach = tl.load(job + _REACH).to(tl.int32)
     return first_row * times - before, last_row * times - before + reach
+
+
+@triton.jit
+def _across(job, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A job's tiles side by side, and the channels of each."""
+    is_depthwise = tl.load(job + _VARIANT) // 2 == _DEPTHWISE
+    width = tl.where(is_depthwise, BLOCK_D, BLOCK_N)
+    return tl.cdiv(tl.load(job + _OUT_CHANNELS).to(tl.int32), width), width
 
 
 @triton.jit
@@ -221,12 +231,14 @@ def _band_tile(
     add_ptr = rows_ptr + band_at
     if tl.load(job + _ADD) == _ADD_OUTPUT:
         add_ptr = out_ptr + band_at
-    across = tl.cdiv(out_channels, BLOCK_N)
+    # A depthwise convolution's chunks are as wide as in front of a product: others would spill.
+    across, tile_channels = _across(job, BLOCK_N, BLOCK_K)
     _tile(
         job, tl.load(job + _VARIANT), source_ptr, target_ptr, add_ptr, moments_ptr, address_ptr,
-        low, rows, source_low, source_rows, (tile // across) * BLOCK_P, (tile % across) * BLOCK_N,
-        band_images * rows * out_width, in_channels, out_channels,
-        VARIANTS, ADDS, ALIGN, ADDRESS_ALIGN, BLOCK_P, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        low, rows, source_low, source_rows, (tile // across) * BLOCK_P,
+        (tile % across) * tile_channels, band_images * rows * out_width, in_channels, out_channels,
+        VARIANTS, ADDS, ALIGN, ADDRESS_ALIGN,
+        BLOCK_P, BLOCK_N, BLOCK_K, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
 
 
@@ -281,7 +293,7 @@ def infer_bands_kernel(
             rows = tl.minimum(stop, tl.load(job + _OUT_HEIGHT).to(tl.int32)) - tl.maximum(begin, 0)
             band_images = tl.minimum(per_band, images - first_image)  # none or less: no tiles
             positions = band_images * rows * tl.load(job + _OUT_WIDTH).to(tl.int32)
-            across = tl.cdiv(tl.load(job + _OUT_CHANNELS).to(tl.int32), BLOCK_N)
+            across, _ = _across(job, BLOCK_N, BLOCK_K)
             wide = node.to(tl.int64)
             # A tile loads what it needs of the job for itself: kept, it would spill.
             for tile in range(tl.cdiv(tl.maximum(positions, 0), BLOCK_P) * across):

@@ -133,10 +133,13 @@ def stage_tile(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One tile of one job: positions from `first` on, output channels from `start_n` on.
+
+    The channels are `BLOCK_N`, of a depthwise job `BLOCK_D`.
 
     Positions count through `rows` rows of each image, from row `low` of the result on; of the
     source `source_rows` rows of each image are there, from row `source_low` on.
@@ -160,17 +163,18 @@ def stage_tile(
     x = (inside - out_y * out_width) * stride - kernel // 2
     corner = ((image - first_image) * source_rows + y - source_low) * width + x
 
-    offs_n = start_n + tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_D if KIND == _DEPTHWISE else BLOCK_N
+    offs_n = start_n + tl.arange(0, WIDTH)
     mask_n = offs_n < out_channels
     if KIND == _COPY:
         # Of a split the even channels pass.
         out = load_channels(
-            source_ptr, corner * row, mask_p, start_n, out_channels, BLOCK_N, 2 - 2 * PART
+            source_ptr, corner * row, mask_p, start_n, out_channels, WIDTH, 2 - 2 * PART
         )
     elif KIND == _DEPTHWISE:
         out = _depthwise(
             job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width, row,
-            kernel, start_n, out_channels, BLOCK_N, 2 - PART, ADDRESS_ALIGN,
+            kernel, start_n, out_channels, WIDTH, 2 - PART, ADDRESS_ALIGN,
         )  # fmt: skip
     else:
         weight_ptr = parameter_at(address_ptr, tl.load(job + _PRODUCT), ADDRESS_ALIGN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -202,15 +203,16 @@ def unwritten_is_nan(monkeypatch):
     monkeypatch.setattr(kernels, "torch", _Poisoned())
 
 
-# Images and rows of a band at a time; None is a launch for each stage.
-FORMS = {"stages": None, "rows": (1, 3), "images": (2, 99)}
+# Images and rows of a band at a time, and whether a depthwise convolution and its product are two
+# jobs; None is a launch for each stage.
+FORMS = {"stages": None, "rows": (1, 3, False), "parts": (1, 4, True), "images": (2, 99, False)}
 
 
 def _take(form, monkeypatch, programs=3):
     """Have layers computed in bands of a size, with few programs, or stage by stage."""
 
     def choose(plan, machine):
-        found = plan_bands(plan, machine) if form else None
+        found = plan_bands(plan, machine, form[2:]) if form else None
         return found and replace(found, programs=programs)
 
     def bands(images, chain, *, of=infer_bands._bands):
@@ -233,7 +235,7 @@ def form(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["stages", "rows"])
+@pytest.fixture(params=["stages", "parts"])
 def one_form_of_each(request, monkeypatch):
     """A launch for each stage, and one for all."""
     _take(FORMS[request.param], monkeypatch)
@@ -254,13 +256,20 @@ def _assert_every_choice_is_accurate(name, size, kernel):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("name", ["s1", "s2"])
+@pytest.mark.parametrize(
+    ("form", "name", "size"),
+    [
+        # Of the two in which bands have some rows of an image the interpreter takes long for one.
+        pytest.param(*case, marks=[pytest.mark.slow] if case == ("rows", "s1", "odd") else [])
+        for case in product(FORMS, ("s1", "s2"), SHAPES)
+    ],
+    indirect=["form"],
+)
 def test_every_choice_is_as_accurate_as_the_reference(name, size):
     _assert_every_choice_is_accurate(name, size, KERNELS[size])
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("one_form_of_each")
 @pytest.mark.parametrize("name", ["rare", "end_in_depthwise"])
 def test_chains_that_no_ready_made_space_has(name):
     _assert_every_choice_is_accurate(name, "odd", 3)
@@ -268,9 +277,9 @@ def test_chains_that_no_ready_made_space_has(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("size", ["easy", "tiny"])
+@pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize("name", ["rare", "end_in_depthwise"])
-def test_chains_that_no_ready_made_space_has_at_other_sizes(name, size):
+def test_chains_that_no_ready_made_space_has_in_every_form(name, size):
     _assert_every_choice_is_accurate(name, size, KERNELS[size])
 
 
@@ -321,7 +330,7 @@ def test_a_nan_stays_one_through_activations():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("one_form_of_each")
 @BY_NAME
 @BY_DTYPE
 @pytest.mark.parametrize(
