@@ -541,6 +541,18 @@ def test_a_larger_cache_computes_no_more_anew():
     assert times[0] > times[-1]
 
 
+def test_a_convolution_in_front_of_a_wide_product_is_a_job_of_its_own():
+    wide = _plan([shuffle_unit(320, 320, 1, 7)], 150, 14, 14, 320)
+    together, apart = (plan_bands(wide, _machine(), (parts,)) for parts in (False, True))
+    kinds = [[job.kind_name for job in found.step.jobs[0]] for found in (together, apart)]
+    assert sorted(kinds[0]) == ["copy", "pair", "pointwise"]
+    assert sorted(kinds[1]) == ["copy", "depthwise", "pointwise", "pointwise"]
+    assert plan_bands(wide, _machine()).seconds == apart.seconds < together.seconds
+    narrow = _plan([shuffle_unit(32, 32, 1, 3)], 150, 16, 16, 32)
+    found = plan_bands(narrow, _machine())
+    assert sorted(job.kind_name for job in found.step.jobs[0]) == ["copy", "pair", "pointwise"]
+
+
 def test_rows_that_a_band_needs_are_those_that_its_convolutions_read():
     ops = [shuffle_xception(8, 16, 2)]  # depthwise of stride 2, then two of stride 1
     (jobs,) = zip(*(step.jobs[0] for step in _plan(ops, 1, 12, 12, 8).steps), strict=False)
