@@ -544,14 +544,14 @@ def test_the_program_compiles_reads_and_counts_without_a_gpu(tmp_path):
 _COMPILE = """
 import torch, triton
 from catalogue import cases, recorded
-from kernel_sites import SMALL, network
+from kernel_sites import SITES, network
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-[case] = [c for c in cases(network(SMALL, whole=False), "bf16") if c.name == "layer_infer"]
+[case] = [c for c in cases(network(SITES[-1], whole=False), "bf16") if c.name == "layer_infer"]
 [launch] = recorded(case).launches
 source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
 found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
-print(launch.name, found.asm["ttgir"], "PTX", found.asm["ptx"])
+print(launch.name, found.asm["ttgir"], "=====", found.asm["ptx"])
 """
 
 
@@ -566,11 +566,10 @@ def test_a_barrier_over_all_memory_stands_behind_each_job_of_a_band(tmp_path):
     assert done.returncode == 0, done.stderr
     name, text = done.stdout.split(maxsplit=1)
     assert name == "infer_bands_kernel"
-    code, assembly = text.split("PTX")
+    code, assembly = text.split("=====")
     lines = [re.sub(r" loc\(.*", "", line) for line in code.splitlines()]
     (barrier,) = (i for i, line in enumerate(lines) if line.strip() == "ttg.barrier all")
     stores = [i for i, line in enumerate(lines) if "tt.store" in line]
-    assert len(stores) > 2
     assert max(stores) < barrier
     # The next line ends the loop over jobs, which begins before the first store.
     assert lines[barrier + 1].strip().startswith("}")
@@ -578,7 +577,7 @@ def test_a_barrier_over_all_memory_stands_behind_each_job_of_a_band(tmp_path):
     begin = " " * (indent - 2) + "scf.for"
     assert any(line.startswith(begin) for line in lines[: min(stores)])
     assert "bar.sync" in assembly
-    assert ".nc" not in assembly  # loads that may miss what the program has written
+    assert "ld.global.nc" not in assembly  # loads that may miss what the program has written
 
 
 def test_inputs_are_seeded_and_have_no_values_on_meta():
