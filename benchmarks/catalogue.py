@@ -176,7 +176,12 @@ class Case:
         flops: multiply-adds of the definition.
         read_bytes, written_bytes: of inputs and outputs, each touched once.
         launches: how many kernels may start, PyTorch's own included.
-        made_bytes: of the tensors that may be made: results, and what stands at a block's boundary.
+        made_bytes: of the tensors that the algorithm cannot do without: results, and rows that it
+            reads more than once (`layer_cases` has the rule).
+        least_made_bytes: of what would be left of them if all but results were computed again;
+            None where that is all of them.
+        scratch: bytes of a workspace that does not grow with the population, by the name of the
+            type, `tf32` among them.
         load_width, store_width: bytes of the widest accesses that the shape admits, at most 16.
         narrow: kernels whose accesses may be narrower, since they touch next to nothing.
         dot: whether it is a matrix product, so that tensor cores are expected.
@@ -192,10 +197,12 @@ class Case:
     written_bytes: int
     launches: int
     made_bytes: int
+    least_made_bytes: int | None = None
     load_width: int = 16
     store_width: int = 16
     narrow: tuple[str, ...] = ()
     dot: bool = False
+    scratch: Callable[[str], int] = lambda dtype: 0
 
 
 @dataclass

@@ -32,9 +32,11 @@ import torch
 import triton
 from catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
 from kernel_sites import SITES, SMALL, Site, network
-from machine_code import CARDS, compile_launch
+from machine_code import compile_launch
 from static_checks import known, regressions, shortfalls
 from static_tables import tables
+
+from fastshift.kernels.cards import CARDS
 
 __all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of", "variants"]
 
@@ -149,12 +151,15 @@ def _compile(index: int) -> tuple[dict[str, Any], float]:
 
 def _row(case: Case, recording: Recording) -> dict[str, Any]:
     compulsory = case.read_bytes + case.written_bytes
+    least = case.made_bytes if case.least_made_bytes is None else case.least_made_bytes
     return {
         "launches": [key_of(launch) for launch in recording.launches],
         "torch_launches": recording.torch_launches,
         "variants": sorted(variants(recording)),
         "budget": case.launches,
         "made_bytes": case.made_bytes,
+        "least_made_bytes": least,
+        "scratch_bytes": case.scratch(case.dtype),
         "allocated_bytes": recording.allocated_bytes,
         "read_bytes": case.read_bytes,
         "written_bytes": case.written_bytes,

@@ -21,7 +21,7 @@ class Site:
     Attributes:
         space: its name in `fastshift.spaces`.
         rows: of a block's parents at a time, of `num_nodes` nodes, where there are as many.
-        level: the one that stands for all others where not all are wanted.
+        levels: those that stand for all others where not all are wanted.
         targets: types and architectures, where not all are wanted.
     """
 
@@ -32,7 +32,7 @@ class Site:
     num_candidates: int
     rows: int
     num_nodes: int
-    level: str
+    levels: tuple[str, ...]
     targets: dict[str, tuple[int, ...]]
 
     @property
@@ -46,17 +46,17 @@ _EVERYWHERE = (80, 90, 100)
 _ONE = {"bf16": (90,)}
 _ALL = dict.fromkeys(DTYPES, _EVERYWHERE)
 SITES = (
-    Site("shufflenet_v2", 224, 1000, 150, 50, 8, 16, "block 5", _ONE),
-    Site("shufflenet_v2", 64, 200, 150, 50, 8, 16, "block 10", _ONE),
-    Site("nasbench_macro", 32, 10, 150, 50, 8, 16, "block 4", _ALL),
-    Site("digits", 8, 10, 150, 50, 8, 16, "block 3", _ONE),
+    Site("shufflenet_v2", 224, 1000, 150, 50, 8, 16, ("block 5",), _ONE),
+    Site("shufflenet_v2", 64, 200, 150, 50, 8, 16, ("block 10",), _ONE),
+    Site("nasbench_macro", 32, 10, 150, 50, 8, 16, ("block 4", "block 7"), _ALL),
+    Site("digits", 8, 10, 150, 50, 8, 16, ("block 3",), {"fp32": _EVERYWHERE} | _ONE),
 )
 # What the interpreter counts bytes at: it takes some milliseconds a program, a backward pass more.
-SMALL = Site("digits", 8, 10, 4, 3, 2, 4, "block 3", _ONE)
+SMALL = Site("digits", 8, 10, 4, 3, 2, 4, ("block 3",), _ONE)
 
 
 def network(site: Site, *, whole: bool = True) -> Network:
-    """Return a site's shapes, with each level that differs, stem and head too, or one alone."""
+    """Return a site's shapes, with each level that differs, stem and head too, or its few."""
     space = build(site.space, image_size=site.image_size, num_classes=site.num_classes)
     with torch.device("meta"):
         supernet = Supernet(space)
@@ -79,7 +79,7 @@ def network(site: Site, *, whole: bool = True) -> Network:
         tuple(
             level
             for level in _levels(site, supernet, space.in_channels)
-            if whole or level.name == site.level
+            if whole or level.name in site.levels
         ),
     )
 

@@ -3,19 +3,27 @@
 Compulsory bytes are those of the operator's inputs and outputs: rows above, parameters, a node's
 own row, its statistics, and, in training, the row of each of its units, which the backward pass
 needs. Choices that no node has do not count.
+
+Memory that must be made goes by one rule: each convolution is computed once, and a batch norm needs
+all of its rows before any is used. So these are needed: results; in training the raw rows of each
+unit of a node's own choice; and backward, of each chain, the gradients of two hidden units that
+follow each other, one read while the other is written, at most. What is made beyond that is missed:
+room for another choice's rows, sums of another type, partial results. The least is what would do if
+all that is not a result were computed again wherever it is read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from catalogue import DTYPES, Case, Inputs, Level, Network
 from torch import Tensor
 
-from fastshift.kernels.infer import infer
+from fastshift.kernels.infer import infer, scratch_bytes
 from fastshift.kernels.layer import backward, train
 from fastshift.kernels.plan import Op, plan_layer
 
@@ -33,6 +41,7 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
     plan = plan_layer(level.layer, *level.rows[1:])
     ops = [level.layer.ops[choice] for choice in level.choice]
     own = sum(_unit_values(op, plan.images, plan.size) for op in ops if op)
+    passing = sum(_passing_values(op, plan.images, plan.size) for op in ops if op)
     flops = sum(_multiply_adds(op, plan.images, plan.size) for op in ops if op)
     rows = size * math.prod(level.rows)
     out = size * len(ops) * plan.out_pixels * plan.channels[1]
@@ -60,6 +69,7 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         written_bytes=out + statistics + size * own,
         launches=convolutions + 2,
         made_bytes=out + statistics + size * own,
+        least_made_bytes=out + statistics,
         **common,
     )
 
@@ -82,7 +92,8 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         read_bytes=out + rows + 2 * parameters + statistics + size * own,
         written_bytes=rows + parameters,
         launches=convolutions + 2,
-        made_bytes=0,
+        made_bytes=size * passing,
+        least_made_bytes=0,
         **common,
     )
 
@@ -92,6 +103,11 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         moments = make.normal(len(ops), 2 * most).square_()
         shape = (*plan.out_size, plan.channels[1])
         return *_given(level, dtype, device), moments, level.layer, shape
+
+    def scratch(name: str) -> int:
+        precision = "tf32" if name == "tf32" else "ieee"
+        device = torch.device("meta")
+        return scratch_bytes(level.layer, *level.rows[1:], device, DTYPES[dtype], precision)
 
     yield Case(
         "layer_infer",
@@ -104,6 +120,8 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         written_bytes=out,
         launches=3 if longest > 1 else 2,
         made_bytes=out,
+        least_made_bytes=out,
+        scratch=scratch,
         **common,
     )
 
@@ -130,21 +148,33 @@ def _shapes(level: Level, choice: int) -> list[tuple[int, ...]]:
     return level.layer.shapes[first[choice] : first[choice + 1]]
 
 
-def _outputs(op: Op, size: tuple[int, int]) -> Iterator[tuple[Any, int]]:
-    """Each unit of an op with the pixels of an image that it writes."""
+def _chains(op: Op, size: tuple[int, int]) -> Iterator[list[tuple[Any, int]]]:
+    """Each unit of the main chain, then of the shortcut, with the pixels of an image it writes."""
     for units in (op.units[: op.main], op.units[op.main :]):
-        at = size
+        at, found = size, []
         for unit in units:
             at = tuple((side - 1) // unit.stride + 1 for side in at)
-            yield unit, math.prod(at)
+            found.append((unit, math.prod(at)))
+        yield found
 
 
 def _unit_values(op: Op, images: int, size: tuple[int, int]) -> int:
-    return images * sum(pixels * unit.out_channels for unit, pixels in _outputs(op, size))
+    chains = _chains(op, size)
+    return images * sum(pixels * unit.out_channels for chain in chains for unit, pixels in chain)
+
+
+def _passing_values(op: Op, images: int, size: tuple[int, int]) -> int:
+    """Of the gradients that the backward pass has at a time: the last unit's is the node's own."""
+    total = 0
+    for chain in _chains(op, size):
+        hidden = [pixels * unit.out_channels for unit, pixels in chain[:-1]]
+        total += max(map(sum, pairwise([*hidden, 0])), default=0)
+    return images * total
 
 
 def _multiply_adds(op: Op, images: int, size: tuple[int, int]) -> int:
     return images * sum(
         pixels * unit.kernel**2 * unit.out_channels * (1 if unit.depthwise else unit.in_channels)
-        for unit, pixels in _outputs(op, size)
+        for chain in _chains(op, size)
+        for unit, pixels in chain
     )

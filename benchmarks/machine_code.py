@@ -20,47 +20,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["CARDS", "Card", "MachineCode", "compile_launch", "occupancy", "read_code"]
+from fastshift.kernels.cards import CARDS
 
+__all__ = ["MachineCode", "compile_launch", "occupancy", "read_code"]
 
-@dataclass(frozen=True)
-class Card:
-    """A card's published figures; rates are dense, in multiply-adds a second, two FLOP each.
-
-    Attributes:
-        name: as its maker calls it.
-        bandwidth: bytes a second.
-        rates: by the type of the operands of a matrix product; `vector` without tensor cores.
-        shared: bytes of shared memory that a multiprocessor gives to its programs.
-    """
-
-    name: str
-    bandwidth: float
-    rates: dict[str, float]
-    shared: int
-
-
-# Data sheets of the SXM (HGX) cards.
-CARDS = {
-    80: Card(
-        "A100 80GB",
-        2.039e12,
-        {"fp16": 156e12, "bf16": 156e12, "tf32": 78e12, "vector": 9.75e12},
-        164 * 1024,
-    ),
-    90: Card(
-        "H100",
-        3.35e12,
-        {"fp16": 494.5e12, "bf16": 494.5e12, "tf32": 247.25e12, "vector": 33.5e12},
-        228 * 1024,
-    ),
-    100: Card(
-        "B200",
-        8e12,
-        {"fp16": 1125e12, "bf16": 1125e12, "tf32": 562.5e12, "vector": 40e12},
-        228 * 1024,
-    ),
-}
 
 # Of the three architectures alike.
 _REGISTERS = 65536

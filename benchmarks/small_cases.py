@@ -47,7 +47,7 @@ def _losses(network: Network, dtype: str) -> Iterator[Case]:
         made_bytes=12 * shape[0],
         load_width=width,
         store_width=4,
-        narrow=("_loss_sum_kernel",),
+        narrow=("loss_sum_kernel",),
     )
     yield Case(
         "candidate_loss_backward",

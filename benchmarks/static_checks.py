@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from fastshift.kernels.cards import CARDS
+from fastshift.kernels.infer_bands import CACHE_SHARE
+
 __all__ = ["REGISTER_TOLERANCE", "known", "regressions", "shortfalls"]
 
 REGISTER_TOLERANCE = 8  # of a thread: the step in which the compiler's choices jump about
@@ -17,8 +20,9 @@ def shortfalls(record: Record) -> list[str]:
 
     Targets: no spills; loads and stores as wide as the shape admits, up to 128 bits; tensor cores
     in every matrix product of fp16, bf16 and TF32; launches within the budget; no more memory made
-    than results have, and a hundredth of what is moved and a page for partial results; no value of
-    16 bits loaded alone by a layer whose rows begin at a multiple of 128.
+    than the algorithm needs, a hundredth of what is moved and a page for partial results, and a
+    scratch of at most `CACHE_SHARE` of the smallest card's cache; no value of 16 bits loaded alone
+    by a layer whose rows begin at a multiple of 128.
 
     Args:
         record: of `gpu_static`.
@@ -53,9 +57,12 @@ def _shortfalls(record: Record, name: str) -> Iterator[str]:
         names = [*case["launches"], *case["torch_launches"]]
         yield f"{name}: {started} launches, the budget is {case['budget']}: {', '.join(names)}"
     spare = 4096 + (case["read_bytes"] + case["written_bytes"]) // 100
-    if case["allocated_bytes"] > case["made_bytes"] + spare:
+    most = CACHE_SHARE * min(card.cache for card in CARDS.values())
+    if case["scratch_bytes"] > most:
+        yield f"{name}: a scratch of {case['scratch_bytes']} bytes, at most {most:.0f} fit a cache"
+    if case["allocated_bytes"] > case["made_bytes"] + case["scratch_bytes"] + spare:
         made = f"{case['allocated_bytes']} bytes made"
-        yield f"{name}: {made}, the results have {case['made_bytes']}"
+        yield f"{name}: {made}, needed are {case['made_bytes']}"
     if case["dot"] and not any(
         code["products"] for key in case["launches"] for code in record["kernels"][key].values()
     ):

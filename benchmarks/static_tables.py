@@ -20,7 +20,10 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
     yield from _aligned(_code_rows(record))
     yield ""
     cards = ", ".join(f"sm_{c} {name}" for c, name in record["cards"].items())
-    yield f"Shapes; floors are BOUNDS from published rates ({cards}), no time was measured:"
+    yield f"Shapes; floors are BOUNDS from published rates ({cards}), no time was measured."
+    yield "Needed is what the algorithm must make: results, raw rows that are read again, gradients"
+    yield "of two hidden units at a time. A scratch does not grow with the population. Beyond least"
+    yield "is what is made beside results, which alone were left if all else were computed again:"
     yield from _aligned(_case_rows(record))
     yield ""
     yield f"Bytes that programs ask for, counted at {record['counted_at']}, without caches:"
@@ -48,16 +51,17 @@ def _code_rows(record: dict[str, Any]) -> Iterator[list[str]]:
 
 def _case_rows(record: dict[str, Any]) -> Iterator[list[str]]:
     floors = [f"floor sm_{c} us" for c in record["cards"]]
-    head = ["case", "launches", "of", "made MB", "written MB", "moved MB", "FLOP/byte", *floors]
-    yield head
+    made = ["made MB", "needed", "scratch", "beyond least"]
+    yield ["case", "launches", "of", *made, "written MB", "moved MB", "FLOP/byte", *floors]
     for name, case in record["cases"].items():
         moved = case["read_bytes"] + case["written_bytes"]
         yield [
             name,
             str(len(case["launches"]) + len(case["torch_launches"])),
             str(case["budget"]),
-            *(_megabytes(case["allocated_bytes"]), _megabytes(case["written_bytes"])),
-            *(_megabytes(moved), f"{case['intensity']:g}"),
+            *(_megabytes(case[f"{name}_bytes"]) for name in ("allocated", "made", "scratch")),
+            _megabytes(case["allocated_bytes"] - case["least_made_bytes"]),
+            *(_megabytes(case["written_bytes"]), _megabytes(moved), f"{case['intensity']:g}"),
             *(f">= {floor:g}" for floor in case["floor_us"].values()),
         ]
 

@@ -1,10 +1,10 @@
 """A layer's parameters as one device table of addresses, and what the kernels may assume of them.
 
-A choice picks its tensors inside the kernels, so they need the addresses of all. As kernel
-arguments these would make one compiled kernel for each number of candidate ops; as a flat copy
-they would cost a launch a call, and twice the weights' traffic. A table is copied to the device
-when parameters first appear and serves as long as they stay where they are. It can't go stale: its
-key is what it holds.
+A choice picks its tensors inside the kernels, so they need the addresses of all. As arguments these
+would have a kernel compiled for each number of them (as gradients are passed, whose places are new
+at each call); as a flat copy they would cost a launch a call, and twice the weights' traffic. A
+table is copied to the device when parameters first appear, and found again by their addresses, so
+it can't say anything else: what is there is the caller's to keep.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastshift.kernels.plan import refuse_capture
 
 __all__ = ["ALIGNMENT", "address_table", "plain"]
 
-CAPACITY = 4096  # tables; one is at most some hundreds of bytes
+CAPACITY = 4096  # tables, of eight bytes a parameter
 ALIGNMENT = 16  # bytes, of the widest access
 
 _TABLES: OrderedDict[tuple, Tensor] = OrderedDict()

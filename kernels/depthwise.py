@@ -33,12 +33,12 @@ from fastshift.kernels.record import (
     RECORD,
     RELU,
     SOURCE_RELU,
-    SPLIT,
     WEIGHT,
     d_y_of,
     node_span,
     parameter_at,
     raw_of,
+    reads_odd,
     source_of,
 )
 
@@ -194,17 +194,11 @@ def depthwise_d_weight(
             mask_c = offs_c < c_out
             low = split * share
             high = tl.minimum(low + share, positions)
-            if SPLITS:
-                if tl.load(record + SPLIT):
-                    acc = _sum_d_weight(
-                        b, record, sizes, choice, begin, stop, low, high, tap, first_c,
-                        BLOCK_C, 1, False, MOVES, ALIGN, BLOCK_D,
-                    )  # fmt: skip
-                else:
-                    acc = _sum_d_weight(
-                        b, record, sizes, choice, begin, stop, low, high, tap, first_c,
-                        BLOCK_C, 2, CONTINUES, MOVES, ALIGN, BLOCK_D,
-                    )  # fmt: skip
+            if reads_odd(record, SPLITS):
+                acc = _sum_d_weight(
+                    b, record, sizes, choice, begin, stop, low, high, tap, first_c,
+                    BLOCK_C, 1, False, MOVES, ALIGN, BLOCK_D,
+                )  # fmt: skip
             else:
                 acc = _sum_d_weight(
                     b, record, sizes, choice, begin, stop, low, high, tap, first_c,

@@ -16,8 +16,8 @@ from fastshift.kernels.norm import (
     activate,
     finish_totals,
     is_last,
+    load_channels,
     load_norm,
-    load_row,
     normalise,
 )
 from fastshift.kernels.record import (
@@ -90,7 +90,8 @@ def _load_row(
     channels = sized(b.table, ROW_CHANNELS, ALIGN)
     parent = tl.load(b.parent + node).to(tl.int64)
     x_ptr = b.rows + parent * tl.load(b.table + ROW_PIXELS) * channels
-    return load_row(x_ptr, channels, pixel, inside, first_c, count, BLOCK_C, PART)
+    x = load_channels(x_ptr, pixel * channels, inside, first_c, count, BLOCK_C, PART)
+    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["parts", "tiles"])
@@ -173,7 +174,7 @@ def _last_totals(
     node = item // 2
     choice = tl.load(b.choice + node)
     chain = b.frames + tl.maximum(choice, 0) * FRAME + FRAME_CHAIN + item % 2 * CHAIN
-    c = tl.load(chain + CHAIN_C)
+    c = sized(chain, CHAIN_C, ALIGN)
     positions = tl.load(b.table + OUT_PIXELS)
     begin = part * chunk * BLOCK_P
     there = (choice >= 0) & (tl.load(chain + CHAIN_THERE) != 0)

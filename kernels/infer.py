@@ -1,10 +1,11 @@
-"""A population layer with fixed batch norms: every node of a level in two launches, or three.
+"""A population layer with fixed batch norms: every node of a level in one launch, or one a stage.
 
-Launch `s` does stage `s` of every node, whatever its choice (`infer_plan`); batch norms,
-activations, the residual, the concatenation and the channel shuffle are folded into it
-(`infer_stage`). Of an inverted residual, which one operator at a time writes and reads eight
-tensors of hidden or of row size, one hidden tensor is written and read. Choice and parent of a node
-are read from device memory, so one launch serves every population of its size.
+In one launch (`infer_bands`) a node's hidden rows never leave the second-level cache. Where that
+would compute too much anew, launch `s` does stage `s` of every node, whatever its choice: two
+launches, or three (`infer_plan`). Batch norms, activations, the residual, the concatenation and the
+channel shuffle are folded in (`infer_stage`): of an inverted residual, which one operator at a time
+writes and reads eight tensors of hidden or of row size, no hidden tensor is left, or one. Choice
+and parent of a node are read from device memory, so one launch serves every population of its size.
 """
 
 from __future__ import annotations
@@ -18,103 +19,66 @@ import torch
 import triton
 from torch import Tensor
 
+from fastshift.kernels._launch import Launch
 from fastshift.kernels.addresses import ALIGNMENT, address_table
-from fastshift.kernels.infer_plan import KINDS, InferPlan, InferStep, plan_infer
-from fastshift.kernels.infer_stage import infer_kernel
+from fastshift.kernels.cards import card_of
+from fastshift.kernels.infer_bands import BandPlan, Machine, choose_bands
+from fastshift.kernels.infer_jobs import InferStep
+from fastshift.kernels.infer_kernels import infer_bands_kernel, infer_step_kernel
+from fastshift.kernels.infer_plan import InferPlan, plan_infer
+from fastshift.kernels.infer_tiles import Blocks, block_sizes, num_tiles
 from fastshift.kernels.plan import Layer, refuse_capture
 
-__all__ = ["Blocks", "block_sizes", "infer"]
-
-
-_SHARED = 96 * 1024  # bytes of shared memory that any card since sm_80 gives a program
+__all__ = ["infer", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A launch's tile, `[positions, channels]` in chunks of `depth` channels, and what it runs on.
+class _Compiled:
+    """What a launch is compiled for, and its table on the device.
 
     Attributes:
-        registers: most of a thread: at 128 a multiprocessor holds 16 warps.
-        stages: chunks that the loop of a product alone has in shared memory.
+        tiles: of each job, where a program is a tile.
+        bands: the plan, where a program goes through bands.
     """
 
-    positions: int
-    channels: int
-    depth: int
-    warps: int
-    registers: int
-    stages: int
+    table: Tensor
+    blocks: Blocks
+    constants: dict[str, Any]
+    num_jobs: int
+    tiles: int = 0
+    bands: BandPlan | None = None
+
+    def launch(self, kernel: Any, programs: int, *positional: Any) -> None:
+        """Start it."""
+        Launch(
+            kernel,
+            (programs,),
+            positional,
+            self.constants,
+            num_warps=self.blocks.warps,
+            num_stages=self.blocks.stages,
+            max_registers=self.blocks.registers,
+        )()
 
 
-def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool) -> Blocks:
-    """Choose a step's tile: a function of sizes alone.
-
-    Each tile of output channels computes the depthwise convolution anew: a wide one does so less
-    often, one that fits the channels multiplies less padding. In units of one column's products, a
-    tap costs what its loads do: 16 columns on tensor cores, 1 without. Estimates from what the
-    hardware moves a cycle, not measured.
-
-    Args:
-        step: the launch.
-        images: of a row.
-        item_size: bytes of a value of the rows.
-        tensor_cores: whether products run on them (float32 at full precision does not).
-    """
-    kinds = {KINDS[job.kind] for job in step.all_jobs}
-    products = [job for job in step.all_jobs if KINDS[job.kind] in ("pointwise", "dense", "pair")]
-    per_tap = 16 if tensor_cores else 1
-    registers, most = 128, 256
-    if kinds & {"dense", "depthwise"}:
-        registers, most = 255, 64  # they hold more addresses or sums, and would spill
-    elif "pointwise" in kinds or not tensor_cores:
-        most = 128  # the loop of a pointwise product keeps several chunks in shared memory
-
-    def cost(channels: int) -> int:
-        return sum(
-            triton.cdiv(job["out_channels"], channels)
-            * (channels + per_tap * (job.taps if KINDS[job.kind] == "pair" else 1))
-            * job["in_channels"]
-            for job in products
-        )
-
-    widest = max(job["out_channels"] for job in step.all_jobs)
-    limit = min(most, max(16, triton.next_power_of_2(widest)))
-    widths = [width for width in (256, 128, 64, 32, 16) if width <= limit]
-    channels = min(widths, key=cost)
-    positions = images * max(job["out_height"] * job["out_width"] for job in step.all_jobs)
-    positions = min(64, max(16, triton.next_power_of_2(positions)))
-    # Sums that a thread holds: 32 would spill in narrower tiles, whose launches do more kinds of
-    # jobs, and beside a depthwise convolution's in all but the widest.
-    holds_32 = channels == 256 or (channels == 128 and "pair" not in kinds)
-    sums = 32 if tensor_cores and holds_32 else 16
-    warps = max(4, positions * channels // (32 * sums))
-    deepest = max((job["in_channels"] for job in products), default=16)
-    # Enough for each thread to read 16 bytes of a chunk at a time.
-    depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))
-    depth = min(depth, max(16, triton.next_power_of_2(deepest)))
-    chunk = 2 * positions * depth * item_size + 4 * depth * channels  # bytes; twice for a split
-    stages = 3 if 3 * chunk <= _SHARED else 2
-    return Blocks(positions, channels, depth, warps, registers, stages)
-
-
-def num_tiles(step: InferStep, images: int, blocks: Blocks) -> int:
-    """Tiles of the largest job of a step: the programs of each job."""
-    return max(
-        triton.cdiv(images * job["out_height"] * job["out_width"], blocks.positions)
-        * triton.cdiv(job["out_channels"], blocks.channels)
-        for job in step.all_jobs
-    )
-
-
-def step_constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) -> dict[str, Any]:
-    """What a step's launch is compiled for, its warps too.
+def _compiled(
+    step: InferStep,
+    blocks: Blocks,
+    device: torch.device,
+    wide: bool,
+    precision: str,
+    **rest: Any,
+) -> _Compiled:
+    """Copy a launch's table to the device.
 
     Args:
         step, blocks: the launch and its tile.
+        device: of the rows.
         wide: whether all parameters begin where a wide access may.
         precision: of a product of float32: `ieee`, or `tf32`.
+        rest: other fields.
     """
-    return {
+    constants = {
         "NUM_JOBS": step.num_jobs,
         "VARIANTS": step.variants,
         "ADDS": step.adds,
@@ -125,45 +89,65 @@ def step_constants(step: InferStep, blocks: Blocks, wide: bool, precision: str) 
         "BLOCK_K": blocks.depth,
         "PRECISION": precision,
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
-        "UPCAST": not isinstance(infer_kernel, triton.JITFunction),
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-        "maxnreg": blocks.registers,
+        "UPCAST": not isinstance(infer_step_kernel, triton.JITFunction),
     }
+    with torch.inference_mode(False):
+        table = torch.tensor(step.table, dtype=torch.int64, device=device)
+    return _Compiled(table, blocks, constants, step.num_jobs, **rest)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """A step, ready to start: its table on the device, tiles of each job, and constants."""
-
-    table: Tensor
-    tiles: int
-    num_jobs: int
-    constants: dict[str, Any]
+def _machine(device: torch.device, dtype: torch.dtype, precision: str) -> Machine:
+    rates = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    rate = rates.get(dtype, "tf32" if precision == "tf32" else "vector")
+    return Machine(*card_of(device), dtype.itemsize, rate)
 
 
-# Never emptied: a captured graph goes on reading a table where it was.
+# Never emptied, as `_launches` is not: a captured graph goes on reading a table where it was.
+@cache
+def _bands(
+    plan: InferPlan, device: torch.device, dtype: torch.dtype, precision: str
+) -> BandPlan | None:
+    return choose_bands(plan, _machine(device, dtype, precision))
+
+
 @cache
 def _launches(
     plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, precision: str
-) -> list[_Launch]:
+) -> list[_Compiled]:
     refuse_capture(device, "a layer's plan")
+    bands = _bands(plan, device, dtype, precision)
+    if bands is not None:
+        return [_compiled(bands.step, bands.blocks, device, wide, precision, bands=bands)]
     found = []
+    tensor_cores = _machine(device, dtype, precision).tensor_cores
     for step in plan.steps:
-        blocks = block_sizes(
-            step, plan.images, dtype.itemsize, precision == "tf32" or dtype is not torch.float32
-        )
-        with torch.inference_mode(False):
-            table = torch.tensor(step.table, dtype=torch.int64, device=device)
-        found.append(
-            _Launch(
-                table,
-                num_tiles(step, plan.images, blocks),
-                step.num_jobs,
-                step_constants(step, blocks, wide, precision),
-            )
-        )
+        blocks = block_sizes(step, plan.images, dtype.itemsize, tensor_cores)
+        tiles = num_tiles(step, plan.images, blocks)
+        found.append(_compiled(step, blocks, device, wide, precision, tiles=tiles))
     return found
+
+
+def scratch_bytes(
+    layer: Layer,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "ieee",
+) -> int:
+    """Bytes of all programs' scratches together, whatever the population: 0 for a launch a stage.
+
+    Args:
+        layer: hashed by identity.
+        images, height, width, channels: of the rows above, `[R, N, H, W, C]`.
+        device, dtype: of the rows.
+        precision: as `infer`'s.
+    """
+    plan = plan_infer(layer, images, height, width, channels)
+    whole = _bands(plan, device, dtype, precision)
+    return whole.programs * whole.scratch * dtype.itemsize if whole else 0
 
 
 def infer(
@@ -199,37 +183,87 @@ def infer(
         RuntimeError: a graph is being captured, and tables that a call before it would have made
             are not there.
     """
-    nodes, images = choice.shape[0], rows.shape[1]
     if out is None:
-        out = torch.empty((nodes, images, *shape), dtype=rows.dtype, device=rows.device)
+        size = (choice.shape[0], rows.shape[1], *shape)
+        out = torch.empty(size, dtype=rows.dtype, device=rows.device)
     if out.numel() == 0:
         return out
     rows, moments = rows.contiguous(), moments.contiguous()
     parent, choice = parent.contiguous(), choice.contiguous()
     plan = plan_infer(layer, *rows.shape[1:])
     addresses, wide = address_table(parameters, rows.device)
-    hidden = [
-        torch.empty(nodes * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
-    ]
     launches = _launches(plan, rows.device, rows.dtype, wide, precision)
+    sizes = rows[0].numel(), out[0].numel(), moments.shape[1]
+    nodes = moments, parent, choice
+    if launches and launches[0].bands:
+        _start_bands(launches[0], plan, rows, out, nodes, addresses, sizes)
+    else:
+        _start_steps(launches, plan, rows, out, nodes, addresses, sizes)
+    return out
+
+
+def _start_bands(
+    launch: _Compiled,
+    plan: InferPlan,
+    rows: Tensor,
+    out: Tensor,
+    nodes: tuple[Tensor, Tensor, Tensor],
+    addresses: Tensor,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Start the one launch of all steps, with a scratch."""
+    bands, (row_size, out_size, moments_size) = launch.bands, sizes
+    elements = bands.programs * bands.scratch
+    scratch = torch.empty(elements, dtype=rows.dtype, device=rows.device)
+    launch.launch(
+        infer_bands_kernel,
+        bands.programs,
+        rows,
+        scratch,
+        out,
+        *nodes,
+        launch.table,
+        addresses,
+        plan.images,
+        out.shape[0],
+        bands.bands,
+        row_size,
+        bands.scratch,
+        out_size,
+        moments_size,
+    )
+
+
+def _start_steps(
+    launches: Sequence[_Compiled],
+    plan: InferPlan,
+    rows: Tensor,
+    out: Tensor,
+    nodes: tuple[Tensor, Tensor, Tensor],
+    addresses: Tensor,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Start the launches of all steps, one after the other, with two buffers for hidden rows."""
+    row_size, out_size, moments_size = sizes
+    hidden = [
+        torch.empty(len(out) * size, dtype=rows.dtype, device=rows.device) for size in plan.hidden
+    ]
     for index, launch in enumerate(launches):
-        infer_kernel[(nodes * launch.num_jobs * launch.tiles,)](
+        launch.launch(
+            infer_step_kernel,
+            len(out) * launch.num_jobs * launch.tiles,
             rows,
             hidden[1 - index % 2],
             hidden[index % 2],
             out,
-            moments,
-            parent,
-            choice,
+            *nodes,
             launch.table,
             addresses,
-            images,
+            plan.images,
             launch.tiles,
-            rows[0].numel(),
+            row_size,
             plan.hidden[1 - index % 2],
             plan.hidden[index % 2],
-            out[0].numel(),
-            moments.shape[1],
-            **launch.constants,
+            out_size,
+            moments_size,
         )
-    return out

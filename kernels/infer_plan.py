@@ -16,121 +16,25 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 
-from fastshift.kernels.plan import LINE, Layer, Op, Unit
+from fastshift.kernels.infer_jobs import (
+    ADD_OUTPUT,
+    ADD_ROW,
+    COLUMNS,
+    KINDS,
+    UNIT_COLUMNS,
+    InferStep,
+    Job,
+)
+from fastshift.kernels.plan import Layer, Op, Unit
+from fastshift.kernels.plan_records import LINE
 
-__all__ = [
-    "ADD_OUTPUT",
-    "ADD_ROW",
-    "COLUMNS",
-    "KINDS",
-    "InferPlan",
-    "InferStep",
-    "Job",
-    "plan_infer",
-]
+__all__ = ["InferPlan", "plan_infer"]
 
-# A variant is `2 * kind + part`; with part 1 every other channel of the source is read: the odd
-# ones where something is computed, the even ones where they are copied.
-KINDS = ("pointwise", "dense", "pair", "depthwise", "copy")
 _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = range(len(KINDS))
-
-# What is added to a job's result: nothing, the node's source row, or what the output holds.
-ADD_ROW, ADD_OUTPUT = 1, 2
 
 # Of one image: offsets within a tile of positions, whose images are few, are 32 bits wide.
 _MOST_ELEMENTS = 2**28
 _MOST_POSITIONS = 2**30
-
-# Of a table's line; those of a unit are its parameters' places in the list of all (-1 where there
-# is none), its place in a node's moments, its activation and its epsilon as the bits of a float32.
-_UNIT = ("weight", "scale", "shift", "moments", "relu", "eps")
-COLUMNS = (
-    "variant",
-    "from_hidden",
-    "source_at",
-    "source_row",
-    "height",
-    "width",
-    "out_height",
-    "out_width",
-    "kernel",
-    "stride",
-    "in_channels",
-    "out_channels",
-    "to_hidden",
-    "target_at",
-    "target_row",
-    "add",
-    *(f"spatial_{name}" for name in _UNIT),
-    *_UNIT,
-)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a launch does for each node of a choice: `COLUMNS`, as a mapping."""
-
-    values: dict[str, int]
-
-    def __getitem__(self, name: str) -> int:
-        return self.values[name]
-
-    @property
-    def kind(self) -> int:
-        """Index into `KINDS`."""
-        return self["variant"] // 2
-
-    @property
-    def taps(self) -> int:
-        """Values that a convolution reads of each channel for one position."""
-        return self["kernel"] ** 2
-
-
-@dataclass(frozen=True)
-class InferStep:
-    """One launch.
-
-    Attributes:
-        jobs: of each choice.
-    """
-
-    jobs: tuple[tuple[Job, ...], ...]
-
-    @property
-    def all_jobs(self) -> list[Job]:
-        """Of all choices."""
-        return [job for own in self.jobs for job in own]
-
-    @property
-    def num_jobs(self) -> int:
-        """Most jobs of a choice."""
-        return max(map(len, self.jobs))
-
-    @property
-    def variants(self) -> int:
-        """The variants that occur, as a set of bits."""
-        return sum({1 << job["variant"] for job in self.all_jobs})
-
-    @property
-    def adds(self) -> bool:
-        """Whether a job adds something to its result."""
-        return any(job["add"] for job in self.all_jobs)
-
-    @property
-    def align(self) -> int:
-        """Elements that every job's rows and channels are a multiple of: a power of two, to 16."""
-        names = ("source_at", "source_row", "in_channels", "out_channels", "target_at")
-        values = [job[name] for job in self.all_jobs for name in (*names, "target_row")]
-        return math.gcd(16, *values)
-
-    @property
-    def table(self) -> list[list[list[int]]]:
-        """`[choices, num_jobs, COLUMNS]`; a line's variant is -1 where there is no job."""
-        empty = [-1] * len(COLUMNS)
-        return [
-            [[job[name] for name in COLUMNS] for job in own] + [empty] * (self.num_jobs - len(own))
-            for own in self.jobs
-        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,6 +144,8 @@ def _copy(
         in_channels=channels // (1 + part),
         out_channels=channels // (1 + part),
         target_row=target_row,
+        times=1,
+        reach=1,
     )
 
 
@@ -295,6 +201,24 @@ def _stages(placed: Sequence[_Placed]) -> list[tuple[_Placed | None, _Placed | N
     return found if waiting is None else [*found, (waiting, None)]
 
 
+def _needed_rows(stages: Sequence[tuple[_Placed | None, _Placed | None]]) -> list[dict[str, int]]:
+    """Which rows of each stage's result a band needs, as columns."""
+    times, before, reach = 1, 0, 1
+    found = []
+    for stage in reversed(stages):
+        found.append({"times": times, "before": before, "reach": reach})
+        kernel, stride = _taken(stage)
+        times, before = times * stride, before * stride + kernel // 2
+        reach = (reach - 1) * stride + kernel
+    return found[::-1]
+
+
+def _taken(stage: tuple[_Placed | None, _Placed | None]) -> tuple[int, int]:
+    """Kernel and stride of a stage."""
+    units = [one.unit for one in stage if one]
+    return units[0].kernel, math.prod(unit.stride for unit in units)
+
+
 def _add_chain(
     draft: _Draft,
     choice: int,
@@ -306,11 +230,12 @@ def _add_chain(
     """Add a chain's stages; `used` are the elements that the choice has in the hidden buffers."""
     count, height, width = images
     source_at, source_row = 0, op.in_channels
+    needed = _needed_rows(chain.stages)
     for index, (spatial, product) in enumerate(chain.stages):
         last = index == len(chain.stages) - 1
         step = chain.first_step + index
         units = [one.unit for one in (spatial, product) if one]
-        stride = math.prod(unit.stride for unit in units)
+        kernel, stride = _taken((spatial, product))
         out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
         channels = units[-1].out_channels
         if product is None:
@@ -328,7 +253,7 @@ def _add_chain(
         columns = {}
         for prefix, one in (("spatial_", spatial), ("", product)):
             if one is not None:
-                columns |= zip((prefix + name for name in _UNIT), one.columns, strict=True)
+                columns |= zip((prefix + name for name in UNIT_COLUMNS), one.columns, strict=True)
         draft.add(
             step,
             choice,
@@ -340,7 +265,7 @@ def _add_chain(
             width=width,
             out_height=out_height,
             out_width=out_width,
-            kernel=units[0].kernel,
+            kernel=kernel,
             stride=stride,
             in_channels=units[0].in_channels,
             out_channels=channels,
@@ -348,6 +273,7 @@ def _add_chain(
             target_at=target_at,
             target_row=target_row,
             add=chain.add if last else 0,
+            **needed[index],
             **columns,
         )
         source_at, source_row = target_at, target_row

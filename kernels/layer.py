@@ -15,25 +15,24 @@ import torch
 import triton
 from torch import Tensor
 
-from fastshift.kernels._launch import (
-    MOST_PARTS,
-    Launch,
-    blocks_of,
-    ceil_div,
-    power_of_2,
-    share,
-    splits_of,
-    warps_of,
-)
+from fastshift.kernels._launch import Launch, ceil_div, warps_of
 from fastshift.kernels.addresses import address_table
-from fastshift.kernels.convolution import convolution_bwd_kernel, convolution_fwd_kernel
+from fastshift.kernels.convolution import convolution_fwd_kernel
+from fastshift.kernels.convolution_gradients import convolution_bwd_kernel
 from fastshift.kernels.frames import frame_bwd_kernel, frame_fwd_kernel
+from fastshift.kernels.layer_shares import (
+    FRAME_PIXELS,
+    ForwardShares,
+    FrameGradientShares,
+    GradientShares,
+    Shares,
+    frame_block,
+)
 from fastshift.kernels.plan import LayerPlan, Step
 from fastshift.kernels.record import Backward, Forward
 
 __all__ = ["backward", "backward_launches", "is_interpreted", "train", "train_launches"]
 
-FRAME_PIXELS, FRAME_CHANNELS = 32, 64
 FEW_REGISTERS, MANY_REGISTERS = 128, 224  # of a thread: 512 threads fit, or 256
 
 
@@ -86,7 +85,7 @@ def train(
     if out.numel():
         table, frames = plan.tables(device, kept=keep)
         addresses, _ = address_table(parameters, device)
-        steps = [_Forward(plan, step, nodes, rows.dtype) for step in plan.steps]
+        steps = [ForwardShares(plan, step, nodes, rows.dtype) for step in plan.steps]
         partial = max((step.partial_floats for step in steps), default=0)
         buffers = Forward(
             rows=rows,
@@ -106,24 +105,9 @@ def train(
     return out, statistics, raw if keep else raw.new_empty(0)
 
 
-class _Forward:
-    """Shares of a step's forward launch."""
-
-    def __init__(self, plan: LayerPlan, step: Step, nodes: int, dtype: torch.dtype) -> None:
-        self.blocks = blocks_of(
-            step.depthwise, False, step.out_pixels, step.c_in, step.c_out, dtype
-        )
-        tiles = ceil_div(step.out_pixels, self.blocks.pixels)
-        self.chunk, self.parts = share(tiles, MOST_PARTS)
-        self.items = nodes * step.lanes
-        self.tiles = ceil_div(step.c_out, self.blocks.channels)
-        self.counters = self.items * self.tiles
-        self.partial_floats = self.items * self.parts * 2 * step.c_out
-
-
-def _counters(steps: Sequence[_Forward | _Backward | _FrameBackward], device: torch.device):
+def _counters(shares: Sequence[Shares], device: torch.device) -> Tensor:
     """Of all launches, one after the other."""
-    return torch.zeros(sum(s.counters for s in steps), dtype=torch.int32, device=device)
+    return torch.zeros(sum(s.counters for s in shares), dtype=torch.int32, device=device)
 
 
 def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Launch]:
@@ -131,7 +115,7 @@ def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Laun
     nodes, dtype = b.choice.shape[0], b.rows.dtype
     counters = 0
     for step in plan.steps:
-        own = _Forward(plan, step, nodes, dtype)
+        own = ForwardShares(plan, step, nodes, dtype)
         yield Launch(
             convolution_fwd_kernel,
             (own.items * own.parts * own.tiles,),
@@ -153,7 +137,7 @@ def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Laun
             max_registers=_registers(step, dtype),
         )
         counters += own.counters
-    parts, block = ceil_div(plan.out_pixels, FRAME_PIXELS), _frame_block(plan)
+    parts, block = ceil_div(plan.out_pixels, FRAME_PIXELS), frame_block(plan)
     tiles = ceil_div(plan.channels[1], block)
     yield Launch(
         frame_fwd_kernel,
@@ -176,11 +160,6 @@ def _registers(step: Step, dtype: torch.dtype) -> int:
     return FEW_REGISTERS if few else MANY_REGISTERS
 
 
-def _frame_block(plan: LayerPlan) -> int:
-    """Channels of a frame's tile."""
-    return power_of_2(max(plan.channels), FRAME_CHANNELS)
-
-
 def _options(plan: LayerPlan, step: Step, dtype: torch.dtype, precision: str) -> dict:
     """What both kernels of a step have in common."""
     return {
@@ -193,50 +172,6 @@ def _options(plan: LayerPlan, step: Step, dtype: torch.dtype, precision: str) ->
         "PRECISION": precision,
         "UPCAST": is_interpreted() and dtype is torch.bfloat16,
     }
-
-
-class _Backward:
-    """Shares of a step's backward launch."""
-
-    def __init__(
-        self, plan: LayerPlan, step: Step, nodes: int, rows: int, dtype: torch.dtype
-    ) -> None:
-        self.blocks = blocks_of(step.depthwise, True, step.in_pixels, step.c_out, step.c_in, dtype)
-        blocks = self.blocks
-        self.chunk, self.parts = share(ceil_div(step.in_pixels, blocks.pixels), MOST_PARTS)
-        self.tiles = ceil_div(step.c_in, blocks.channels)
-        self.row_tiles = ceil_div(plan.channels[0], blocks.channels)
-        self.items = nodes * step.lanes if step.continues else 0
-        self.node_programs = self.items * self.tiles * self.parts
-        self.row_programs = rows * self.row_tiles * self.parts if step.enters else 0
-        self.taps_most = step.kernel**2
-        self.weight_out = blocks.weight_out
-        self.o_tiles = ceil_div(step.c_out, self.weight_out)
-        self.i_tiles = 1 if step.depthwise else ceil_div(step.c_in, blocks.weight_in)
-        per_slot = self.o_tiles * self.i_tiles * self.taps_most
-        self.splits = splits_of(per_slot, ceil_div(step.out_pixels, blocks.weight_pixels))
-        self.weight_tiles = plan.num_choices * step.lanes * per_slot
-        inner = 1 if step.depthwise else blocks.weight_in
-        self.weight_floats = self.weight_tiles * self.splits * self.weight_out * inner
-        self.programs = self.node_programs + self.row_programs + self.weight_tiles * self.splits
-        self.counters = self.items * self.tiles + self.weight_tiles
-        self.partial_floats = self.items * self.parts * 2 * step.c_in
-
-
-class _FrameBackward:
-    """Shares of the frames' backward launch."""
-
-    def __init__(self, plan: LayerPlan, nodes: int, rows: int) -> None:
-        self.chunk, self.parts = share(ceil_div(plan.out_pixels, FRAME_PIXELS), MOST_PARTS)
-        self.width = plan.channels[1] if plan.steps else 0
-        self.block = _frame_block(plan)
-        self.tiles = ceil_div(self.width, self.block)
-        self.node_programs = nodes * 2 * self.tiles * self.parts
-        self.row_parts = ceil_div(plan.row_pixels, FRAME_PIXELS)
-        self.row_tiles = ceil_div(plan.channels[0], self.block)
-        self.row_programs = rows * self.row_parts * self.row_tiles
-        self.counters = nodes * 2 * self.tiles
-        self.partial_floats = nodes * 2 * self.parts * 2 * self.width
 
 
 def backward(
@@ -312,10 +247,10 @@ def backward(
 
 def _shares(
     plan: LayerPlan, nodes: int, rows: int, dtype: torch.dtype
-) -> list[_FrameBackward | _Backward]:
+) -> list[FrameGradientShares | GradientShares]:
     """Of all launches of a backward pass, in their order."""
-    steps = [_Backward(plan, step, nodes, rows, dtype) for step in reversed(plan.steps)]
-    return [_FrameBackward(plan, nodes, rows), *steps]
+    steps = [GradientShares(plan, step, nodes, rows, dtype) for step in reversed(plan.steps)]
+    return [FrameGradientShares(plan, nodes, rows), *steps]
 
 
 def backward_launches(

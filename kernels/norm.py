@@ -66,23 +66,22 @@ def load_source_norm(b, record, node, c_in, offs_c, mask_c):
 
 
 @triton.jit
-def load_row(x_ptr, x_stride, pixel, inside, start, count, BLOCK: tl.constexpr, PART: tl.constexpr):
-    """Channels `[P, BLOCK]` from `start` on of `count`: all of a row, its even or its odd ones.
+def load_channels(x_ptr, offs, inside, start, count, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Channels `[P, BLOCK]` from `start` on of `count`, of rows at offsets `[P]`.
 
     Of the even (`PART` 0) and the odd ones (1), not of all (2), both are read, in whole vectors,
     and one is dropped: every other one for itself would take an access each.
     """
     if PART == 2:
         offs_c = start + tl.arange(0, BLOCK)
-        at = x_ptr + (pixel[:, None] * x_stride + offs_c[None, :])
-        x = tl.load(at, mask=inside[:, None] & (offs_c < count)[None, :], other=0.0)
+        mask = inside[:, None] & (offs_c < count)[None, :]
+        return tl.load(x_ptr + (offs[:, None] + offs_c[None, :]), mask=mask, other=0.0)
     else:
         offs_c = 2 * start + tl.arange(0, 2 * BLOCK)
-        at = x_ptr + (pixel[:, None] * x_stride + offs_c[None, :])
-        pairs = tl.load(at, mask=inside[:, None] & (offs_c < 2 * count)[None, :], other=0.0)
-        even, odd = tl.split(tl.reshape(pairs, (pixel.shape[0], BLOCK, 2)))
-        x = odd if PART == 1 else even
-    return x.to(tl.float32)
+        mask = inside[:, None] & (offs_c < 2 * count)[None, :]
+        pairs = tl.load(x_ptr + (offs[:, None] + offs_c[None, :]), mask=mask, other=0.0)
+        even, odd = tl.split(tl.reshape(pairs, (offs.shape[0], BLOCK, 2)))
+        return odd if PART == 1 else even
 
 
 @triton.jit
@@ -103,7 +102,7 @@ def load_input(
 
     Rows of a parent are as they are; those of the unit before get its batch norm and its ReLU.
     """
-    x = load_row(x_ptr, x_stride, pixel, inside, start, count, BLOCK, PART)
+    x = load_channels(x_ptr, pixel * x_stride, inside, start, count, BLOCK, PART).to(tl.float32)
     if CONTINUES:
         mask = inside[:, None] & (start + tl.arange(0, BLOCK) < count)[None, :]
         x = tl.where(mask, activate(normalise(x, norm), relu), 0.0)

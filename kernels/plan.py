@@ -13,7 +13,6 @@ for each chain.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,75 +21,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastshift.kernels.plan_records import FIELDS, HEADER, LINE, frame_records, step_records
+
 __all__ = [
-    "CHAIN_FIELDS",
-    "FIELDS",
-    "FRAME_FIELDS",
-    "HEADER",
-    "LINE",
     "LayerPlan",
+    "Placed",
     "Step",
     "plan_layer",
+    "refuse_capture",
     "supersequence",
 ]
-
-LINE = 32  # elements; a hidden unit's rows begin at a multiple of it
-
-# Of the layer, before all records: `raw_lines` and `gradient_lines` are those of a node.
-HEADER = (
-    "images",
-    "row_pixels",
-    "row_channels",
-    "out_pixels",
-    "out_channels",
-    "raw_lines",
-    "gradient_lines",
-    "statistics_floats",
-    "totals_floats",
-)
-
-# Of a unit. Places of rows are in lines, `channel` and `source_channel` in channels of the batch
-# norms before, parameters are indices into the layer's list and -1 for none, `eps` the bits of a
-# float32. `source` is the unit before; where `first` there is none, and the parent's row is read,
-# where `split` its odd channels. `last`: the gradient is the node's own from channel `y_offset` on.
-FIELDS = (
-    "active",
-    "c_in",
-    "c_out",
-    "kernel",
-    "stride",
-    "in_height",
-    "in_width",
-    "out_height",
-    "out_width",
-    "first",
-    "split",
-    "last",
-    "y_offset",
-    "raw",
-    "channel",
-    "relu",
-    "weight",
-    "scale",
-    "shift",
-    "eps",
-    "gradient",
-    "source_raw",
-    "source_channel",
-    "source_relu",
-    "source_shift",
-    "source_gradient",
-)
-
-# Of a choice: which channels of the parent's row are copied or added (0 none, 1 all, 2 the even
-# ones), channels of all batch norms, and the last units of the main chain and of the shortcut.
-CHAIN_FIELDS = ("there", "raw", "channel", "relu", "shift", "c", "y_offset")
-FRAME_FIELDS = (
-    "row",
-    "channels",
-    *(f"main_{name}" for name in CHAIN_FIELDS),
-    *(f"aside_{name}" for name in CHAIN_FIELDS),
-)
 
 
 class Unit(Protocol):
@@ -147,7 +87,7 @@ def supersequence(words: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A unit in its chain: where it stands, and the sizes of its rows."""
 
     choice: int
@@ -211,7 +151,10 @@ class LayerPlan:
         images, height, width, channels: of a row.
 
     Attributes:
-        num_choices: candidate ops.
+        ops, num_choices: candidate ops.
+        chains: their units, and `placed`: those of each step.
+        kept, passing: where a unit's rows begin, by choice, chain and index, where all are kept
+            and where they take turns.
         channels: of a row and of a node's.
         steps: in order of the forward pass; the backward pass goes through them in reverse.
         out_size: height and width of a node's rows.
@@ -224,24 +167,24 @@ class LayerPlan:
         self.images, self.size = images, (height, width)
         self.num_choices = len(layer.ops)
         self.channels = channels, next((op.out_channels for op in layer.ops if op), channels)
-        self._ops = layer.ops
-        self._chains = [
+        self.ops = layer.ops
+        self.chains = [
             chain
             for choice, op in enumerate(layer.ops)
             if op
             for chain in self._placed(choice, op, layer.first_parameter[choice])
         ]
-        kinds = supersequence(["".join(p.letter for p in chain) for chain in self._chains])
-        self._at: list[list[_Placed]] = [[] for _ in kinds]
-        for chain in self._chains:
+        kinds = supersequence(["".join(p.letter for p in chain) for chain in self.chains])
+        self.placed: list[list[Placed]] = [[] for _ in kinds]
+        for chain in self.chains:
             step = -1
             for placed in chain:
                 step = kinds.index(placed.letter, step + 1)
-                self._at[step].append(placed)
-        self.out_size = next((chain[-1].out_size for chain in self._chains), self.size)
-        self.longest_chain = max(map(len, self._chains), default=0)
-        self._kept, self.kept_elements = self._places(kept=True)
-        self._passing, self.passing_elements = self._places(kept=False)
+                self.placed[step].append(placed)
+        self.out_size = next((chain[-1].out_size for chain in self.chains), self.size)
+        self.longest_chain = max(map(len, self.chains), default=0)
+        self.kept, self.kept_elements = self._places(kept=True)
+        self.passing, self.passing_elements = self._places(kept=False)
         self.align = math.gcd(16, *self._channel_counts())
         self.steps = self._steps()
         self.row_pixels, self.out_pixels = (
@@ -251,14 +194,14 @@ class LayerPlan:
         self.statistics_floats, self.totals_floats = 5 * most, 2 * most
         self._tables: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
 
-    def _placed(self, choice: int, op: Op, parameter: int) -> list[list[_Placed]]:
+    def _placed(self, choice: int, op: Op, parameter: int) -> list[list[Placed]]:
         chains, channel = [], 0
         for chain, units in enumerate((op.units[: op.main], op.units[op.main :])):
             size, found = self.size, []
             for index, unit in enumerate(units):
                 out = tuple((s - 1) // unit.stride + 1 for s in size)
                 found.append(
-                    _Placed(choice, chain, index, len(units), unit, channel, parameter, size, out)
+                    Placed(choice, chain, index, len(units), unit, channel, parameter, size, out)
                 )
                 size = out
                 channel += unit.out_channels
@@ -267,7 +210,7 @@ class LayerPlan:
                 chains.append(found)
         return chains
 
-    def _elements(self, placed: _Placed) -> int:
+    def _elements(self, placed: Placed) -> int:
         """Of a unit's rows, in whole lines."""
         return (
             -(-self.images * math.prod(placed.out_size) * placed.unit.out_channels // LINE) * LINE
@@ -277,11 +220,11 @@ class LayerPlan:
         """Where a unit's rows begin, by choice, chain and index; and the elements of a node."""
         found, total = {}, 0
         room = [0, 0]
-        for chain in self._chains:
+        for chain in self.chains:
             at = chain[0].chain
             room[at] = max(room[at], *map(self._elements, chain))
         ends: dict[int, int] = {}
-        for chain in self._chains:
+        for chain in self.chains:
             choice = chain[0].choice
             for placed in chain:
                 if kept:
@@ -295,21 +238,21 @@ class LayerPlan:
 
     def _channel_counts(self) -> list[int]:
         found = [*self.channels]
-        for op in self._ops:
+        for op in self.ops:
             if op:
-                found += [op.in_channels, op.out_channels, self._y_offset(op)]
+                found += [op.in_channels, op.out_channels, self.y_offset(op)]
                 found += [c for u in op.units for c in (u.in_channels, u.out_channels)]
         return found
 
     @staticmethod
-    def _y_offset(op: Op) -> int:
+    def y_offset(op: Op) -> int:
         """Where the main chain's channels begin in the node's row."""
         last = op.units[op.main - 1].out_channels
         return op.out_channels - last if op.frame == "shuffle" else 0
 
     def _steps(self) -> list[Step]:
         found, first = [], len(HEADER)
-        for at in self._at:
+        for at in self.placed:
             units = [p.unit for p in at]
             strides = {u.stride for u in units}
             stays = strides == {1} and all(u.kernel == 1 for u in units)
@@ -326,100 +269,11 @@ class LayerPlan:
                     out_pixels=self.images * max(math.prod(p.out_size) for p in at),
                     moves=0 if stays else strides.pop() if len(strides) == 1 else -1,
                     enters=any(p.index == 0 for p in at),
-                    splits=any(p.index == 0 and self._ops[p.choice].splits for p in at),
+                    splits=any(p.index == 0 and self.ops[p.choice].splits for p in at),
                     continues=any(p.index > 0 for p in at),
                 )
             )
             first += self.num_choices * lanes * len(FIELDS)
-        return found
-
-    def _record(self, placed: _Placed, chain: Sequence[_Placed], *, kept: bool) -> list[int]:
-        raw = self._kept if kept else self._passing
-        key = (placed.choice, placed.chain)
-        op, unit = self._ops[placed.choice], placed.unit
-        weight, scale, shift = placed.parameters
-        source = chain[placed.index - 1] if placed.index else None
-        values = {
-            "active": 1,
-            "c_in": unit.in_channels,
-            "c_out": unit.out_channels,
-            "kernel": unit.kernel,
-            "stride": unit.stride,
-            "in_height": placed.in_size[0],
-            "in_width": placed.in_size[1],
-            "out_height": placed.out_size[0],
-            "out_width": placed.out_size[1],
-            "first": source is None,
-            "split": source is None and op.splits,
-            "last": placed.index == placed.length - 1,
-            "y_offset": 0 if placed.chain else self._y_offset(op),
-            "raw": raw[(*key, placed.index)] // LINE,
-            "channel": placed.channel,
-            "relu": unit.relu,
-            "weight": weight,
-            "scale": scale,
-            "shift": shift,
-            "eps": struct.unpack("<i", struct.pack("<f", unit.eps))[0],
-            "gradient": self._passing[(*key, placed.index)] // LINE,
-            "source_raw": raw[(*key, source.index)] // LINE if source else 0,
-            "source_channel": source.channel if source else 0,
-            "source_relu": source.unit.relu if source else 0,
-            "source_shift": source.parameters[2] if source else -1,
-            "source_gradient": self._passing[(*key, source.index)] // LINE if source else 0,
-        }
-        return [int(values[name]) for name in FIELDS]
-
-    def _header(self, *, kept: bool) -> list[int]:
-        values = {
-            "images": self.images,
-            "row_pixels": self.row_pixels,
-            "row_channels": self.channels[0],
-            "out_pixels": self.out_pixels,
-            "out_channels": self.channels[1],
-            "raw_lines": (self.kept_elements if kept else self.passing_elements) // LINE,
-            "gradient_lines": self.passing_elements // LINE,
-            "statistics_floats": self.statistics_floats,
-            "totals_floats": self.totals_floats,
-        }
-        return [values[name] for name in HEADER]
-
-    def records(self, *, kept: bool) -> list[int]:
-        """The header, then of all steps `[choices, lanes, FIELDS]`, zeros for a choice without."""
-        found = self._header(kept=kept)
-        chain_of = {(c[0].choice, c[0].chain): c for c in self._chains}
-        for step, at in zip(self.steps, self._at, strict=True):
-            for choice in range(self.num_choices):
-                own = [p for p in at if p.choice == choice]
-                for placed in own:
-                    chain = chain_of[choice, placed.chain]
-                    found += self._record(placed, chain, kept=kept)
-                found += [0] * (len(FIELDS) * (step.lanes - len(own)))
-        return found
-
-    def frames(self, *, kept: bool) -> list[int]:
-        """Of all choices, `[choices, FRAME_FIELDS]`."""
-        raw = self._kept if kept else self._passing
-        found: list[int] = []
-        for choice, op in enumerate(self._ops):
-            if op is None:
-                found += [1, 0] + [0] * (2 * len(CHAIN_FIELDS))
-                continue
-            has_aside = len(op.units) > op.main
-            row = 2 if op.splits else int(op.frame == "residual" and not has_aside)
-            found += [row, op.channels]
-            for chain in (0, 1):
-                last = next(
-                    (c[-1] for c in self._chains if (c[0].choice, c[0].chain) == (choice, chain)),
-                    None,
-                )
-                if last is None:
-                    found += [0] * len(CHAIN_FIELDS)
-                    continue
-                place = raw[choice, chain, last.index] // LINE
-                unit = last.unit
-                y_offset = 0 if chain else self._y_offset(op)
-                found += [1, place, last.channel, int(unit.relu), last.parameters[2]]
-                found += [unit.out_channels, y_offset]
         return found
 
     def tables(self, device: torch.device, *, kept: bool) -> tuple[Tensor, Tensor]:
@@ -435,7 +289,7 @@ class LayerPlan:
             with torch.inference_mode(False):
                 self._tables[key] = tuple(
                     torch.tensor(values, dtype=torch.int32, device=device)
-                    for values in (self.records(kept=kept), self.frames(kept=kept))
+                    for values in (step_records(self, kept=kept), frame_records(self, kept=kept))
                 )
         return self._tables[key]
 

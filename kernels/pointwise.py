@@ -32,12 +32,12 @@ from fastshift.kernels.record import (
     RECORD,
     RELU,
     SOURCE_RELU,
-    SPLIT,
     WEIGHT,
     d_y_of,
     node_span,
     parameter_at,
     raw_of,
+    reads_odd,
     source_of,
 )
 
@@ -242,19 +242,12 @@ def product_d_weight(
             mask_o, mask_i = offs_o < c_out, offs_i < c_in
             low = split * share
             high = tl.minimum(low + share, positions)
-            if SPLITS:
-                if tl.load(record + SPLIT):
-                    acc = _sum_d_weight(
-                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o,
-                        i_tile * BLOCK_I, BLOCK_I, 1, False, MOVES, ALIGN, BLOCK_D,
-                        PRECISION, UPCAST,
-                    )  # fmt: skip
-                else:
-                    acc = _sum_d_weight(
-                        b, record, sizes, choice, begin, stop, low, high, tap, offs_o,
-                        i_tile * BLOCK_I, BLOCK_I, 2, CONTINUES, MOVES, ALIGN, BLOCK_D,
-                        PRECISION, UPCAST,
-                    )  # fmt: skip
+            if reads_odd(record, SPLITS):
+                acc = _sum_d_weight(
+                    b, record, sizes, choice, begin, stop, low, high, tap, offs_o,
+                    i_tile * BLOCK_I, BLOCK_I, 1, False, MOVES, ALIGN, BLOCK_D,
+                    PRECISION, UPCAST,
+                )  # fmt: skip
             else:
                 acc = _sum_d_weight(
                     b, record, sizes, choice, begin, stop, low, high, tap, offs_o,

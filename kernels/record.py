@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastshift.kernels.plan import CHAIN_FIELDS, FIELDS, FRAME_FIELDS, HEADER
-from fastshift.kernels.plan import LINE as _LINE
+from fastshift.kernels.plan_records import CHAIN_FIELDS, FIELDS, FRAME_FIELDS, HEADER
+from fastshift.kernels.plan_records import LINE as _LINE
 
 LINE = tl.constexpr(_LINE)
 RECORD = tl.constexpr(len(FIELDS))
@@ -126,13 +126,22 @@ class Backward(NamedTuple):
 
 
 @triton.jit
-def parameter_at(addresses, index):
+def parameter_at(addresses, index, ALIGN: tl.constexpr = 16):
     """Where a float32 tensor begins; the first one's place for an index of -1, not to be read.
 
-    Tensors begin at multiples of 16 bytes (`addresses.plain`).
+    Tensors begin at multiples of `ALIGN` bytes: of 16 where they are `addresses.plain`.
     """
-    address = tl.multiple_of(tl.load(addresses + tl.maximum(index, 0)), 16)
-    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
+    address = tl.multiple_of(tl.load(addresses + tl.maximum(index, 0)), ALIGN)
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), ALIGN)
+
+
+@triton.jit
+def reads_odd(record, SPLITS: tl.constexpr):
+    """Whether a unit reads every other channel of a row; looked at only where some unit does."""
+    odd = False
+    if SPLITS:
+        odd = tl.load(record + SPLIT) != 0
+    return odd
 
 
 @triton.jit

@@ -370,22 +370,18 @@ def launched(pretended, monkeypatch):
         tensors, others = _tensors((given, options)), _others((grid, given, options))
         found.append((_sizes(tensors), others))
 
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *given, **options: note(grid, given, options)
-
     def launch(self):
         note(self.grid, self.positional, {**self.arguments, **self.options})
 
     monkeypatch.setattr(_launch.Launch, "__call__", launch)
-    monkeypatch.setattr(infer, "infer_kernel", Kernel())
     for module in (infer, layer):
         monkeypatch.setattr(module, "address_table", lambda tensors, device: (addresses, True))
     monkeypatch.setattr(_operators_triton, "plain", list)
     monkeypatch.setattr(_operators_triton, "_current", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     # Tables of this fake device are nobody else's.
-    monkeypatch.setattr(infer, "_launches", cache(infer._launches.__wrapped__))
+    for name in ("_bands", "_launches"):
+        monkeypatch.setattr(infer, name, cache(getattr(infer, name).__wrapped__))
     monkeypatch.setattr(_operators_triton, "plan_layer", cache(plan.plan_layer.__wrapped__))
     monkeypatch.setattr(population_pass, "layer_infer_into", static_operators._infer_into)
     for module in (population_pass, training_pass):

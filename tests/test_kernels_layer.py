@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from block_cases import Poisoned, geometric_mean, seeded
 from kernel_cases import DEVICE, NAMES, SHAPES, TrainingCase, buffer, interpreted, noting
 
-from fastshift.kernels import _launch, plan
+from fastshift.kernels import _launch, layer_shares, plan
 from fastshift.kernels import layer as kernels
 from fastshift.operators import implementation, layer_backward, layer_train
 from fastshift.testing import FLOORS
@@ -135,7 +135,7 @@ def test_batch_norms_without_scale_and_shift(use):
 
 def test_partial_results_of_many_tiles(use, monkeypatch):
     """Moments, totals and weights of more tiles than one program has, in uneven shares."""
-    monkeypatch.setattr(kernels, "MOST_PARTS", 3)
+    monkeypatch.setattr(layer_shares, "MOST_PARTS", 3)
     case = TrainingCase("one", (5, 20, 8, 8), (1, [0], [1]))
     launches = []
     monkeypatch.setattr(_launch.Launch, "__call__", noting(launches))
@@ -149,15 +149,15 @@ def test_partial_results_of_many_tiles(use, monkeypatch):
 
 def _small_tiles(monkeypatch):
     """Tiles of 16 in every direction, and few programs for the pixels."""
-    chosen = kernels.blocks_of
+    chosen = layer_shares.blocks_of
 
     def smallest(*sizes):
         found, kept = dataclasses.asdict(chosen(*sizes)), ("warps", "stages")
         return _launch.Blocks(**{k: n if k in kept else min(n, 16) for k, n in found.items()})
 
-    monkeypatch.setattr(kernels, "blocks_of", smallest)
-    monkeypatch.setattr(kernels, "FRAME_CHANNELS", 16)
-    monkeypatch.setattr(kernels, "MOST_PARTS", 3)
+    monkeypatch.setattr(layer_shares, "blocks_of", smallest)
+    monkeypatch.setattr(layer_shares, "FRAME_CHANNELS", 16)
+    monkeypatch.setattr(layer_shares, "MOST_PARTS", 3)
 
 
 @pytest.mark.parametrize(
