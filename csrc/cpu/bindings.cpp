@@ -108,6 +108,10 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Block>(m, "Block")
       .def(py::init(&make_block), py::arg("units"), py::arg("main_units"), py::arg("frame"),
            py::arg("in_channels"), py::arg("out_channels"))
+      .def("inference_lines", [](const Block& block, const ImagesTuple& images, bool bf16) {
+             return block.inference_lines(images_of(images, bf16));
+           },
+           py::arg("images"), py::arg("bf16") = false)
       .def("saved_floats", [](const Block& block, const ImagesTuple& images, bool bf16) {
              return block.saved_floats(images_of(images, bf16));
            },

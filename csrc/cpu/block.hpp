@@ -71,9 +71,14 @@ class Block {
   void infer(const Kernels& kernels, const Images& images, const void* x,
              const std::vector<Weights>& weights, const std::vector<Moments>& moments, void* y,
              bool pooled, int threads, PackedWeights* packed) const;
+  // Lines of its first unit's outputs that inference makes at a time, of the main chain and of the
+  // shortcut's: all of them unless the images are large.
+  std::vector<int64_t> inference_lines(const Images& images) const;
 
  private:
   class Pass;  // backward
+  struct Tiling;  // inference
+  Tiling tiling(const Images& images, bool pooled) const;
   struct Chain {
     int first, stop;
     int64_t x_offset, x_step, y_offset;

@@ -38,7 +38,7 @@ int64_t lines_from(const Geometry& g, int64_t there) {
 // can make of all that is there, until the last has made its last line.
 class Flow {
  public:
-  Flow(const std::vector<Geometry>& geometry, int first, int stop, int64_t step, Element element)
+  Flow(const Geometry* geometry, int first, int stop, int64_t step, Element element)
       : geometry_(geometry), first_(first), stop_(stop), step_(step), room_(stop, 0), place_(stop) {
     each([&](int i, int64_t from, int64_t to, const std::vector<int64_t>& made) {
       if (stays(i)) {
@@ -87,7 +87,7 @@ class Flow {
   int64_t elements() const { return elements_; }    // of an image, of all units together
 
  private:
-  const std::vector<Geometry>& geometry_;
+  const Geometry* geometry_;
   int first_, stop_;
   int64_t step_, elements_;
   std::vector<int64_t> room_, place_;
@@ -101,6 +101,58 @@ T* moved(T* from, int64_t elements, Element element) {
 
 }  // namespace
 
+// How a size of images is gone through.
+struct Block::Tiling {
+  std::vector<Geometry> geometry;  // of each unit
+  std::vector<Flow> flows;         // of the main chain and the shortcut's
+  bool splits;   // half of a row is passed on, while the lines that are read are in cache anyway
+  bool whole;    // all lines of an image at a time
+  int64_t hidden, held;  // elements of an image's hidden rows, and of all that a tile works on
+};
+
+Block::Tiling Block::tiling(const Images& images, bool pooled) const {
+  Tiling found{std::vector<Geometry>(num_units()), {}, false, true, 0, 1};
+  found.splits = frame_ == Frame::shuffle && num_units() == main_units_;
+  const int64_t read = found.splits ? images.width * in_channels_ : 0;  // a line
+  for (const Chain& chain : {main_chain(), shortcut_chain()}) {
+    int64_t height = images.height, width = images.width;
+    bool cuts = !pooled;
+    for (int i = chain.first; i < chain.stop; ++i) {
+      const Unit& unit = units_[i];
+      found.geometry[i] = geometry_of(unit, height, width);
+      height = found.geometry[i].out_height;
+      width = found.geometry[i].out_width;
+      const bool in_lines = unit.depthwise || (unit.kernel == 1 && unit.stride == 1);
+      cuts = cuts && (i == chain.first || in_lines);
+    }
+    if (chain.first == chain.stop) continue;
+    const Geometry& g = found.geometry[chain.first];
+    for (int64_t step = g.out_height;;) {
+      const Flow flow(found.geometry.data(), chain.first, chain.stop, step, images.element);
+      const int64_t held = flow.elements() + step * read;
+      const int64_t bytes = held * size_of(images.element);
+      if (bytes <= kTileBytes || !cuts || step == 1 || step * g.out_width <= kTilePositions) {
+        found.flows.push_back(flow);
+        found.whole = found.whole && flow.whole();
+        found.hidden = std::max(found.hidden, flow.elements());
+        found.held = std::max(found.held, held);
+        break;
+      }
+      // About as many parts as would fit, of about the same size, and more than so far.
+      const int64_t now = (g.out_height + step - 1) / step;
+      const int64_t parts = std::max(now + 1, now * bytes / kTileBytes);
+      step = std::min(step - 1, (g.out_height + parts - 1) / parts);
+    }
+  }
+  return found;
+}
+
+std::vector<int64_t> Block::inference_lines(const Images& images) const {
+  std::vector<int64_t> found;
+  for (const Flow& flow : tiling(images, false).flows) found.push_back(flow.step());
+  return found;
+}
+
 void Block::infer(const Kernels& kernels, const Images& images, const void* x,
                   const std::vector<Weights>& weights, const std::vector<Moments>& moments,
                   void* y, bool pooled, int threads, PackedWeights* packed) const {
@@ -108,18 +160,13 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
   PackedWeights own_packed(*this);
   if (!packed) packed = &own_packed;
   const Element element = images.element;
-  std::vector<Geometry> geometry(num_units());
+  const Tiling tiles_of = tiling(images, pooled);
+  const std::vector<Geometry>& geometry = tiles_of.geometry;
+  const std::vector<Flow>& flows = tiles_of.flows;
   int64_t scratch = 0, norm_floats = 0;
-  for (const Chain& chain : {main_chain(), shortcut_chain()}) {
-    int64_t height = images.height, width = images.width;
-    for (int index = chain.first; index < chain.stop; ++index) {
-      const Unit& unit = units_[index];
-      const Geometry& g = geometry[index] = geometry_of(unit, height, width);
-      height = g.out_height;
-      width = g.out_width;
-      norm_floats += 2 * unit.out_channels;
-      scratch = std::max(scratch, kernels.scratch(g, unit.depthwise));
-    }
+  for (int64_t index = 0; index < num_units(); ++index) {
+    norm_floats += 2 * units_[index].out_channels;
+    scratch = std::max(scratch, kernels.scratch(geometry[index], units_[index].depthwise));
   }
   const Geometry& out = geometry[main_units_ - 1];
   const int64_t out_positions = out.out_height * out.out_width;
@@ -137,42 +184,10 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     norms += 2 * channels;
   }
 
-  // Of a row that splits, half is passed on: while the lines that are read are in cache anyway.
-  const bool splits = frame_ == Frame::shuffle && num_units() == main_units_;
-  // Elements of an image that are held at a time.
-  const auto held = [&](const Flow& flow) {
-    return flow.elements() + (splits ? flow.step() * images.width * in_channels_ : 0);
-  };
-  // All lines of an image at a time where they are small, else as many as fit.
-  const auto flow_of = [&](const Chain& chain) {
-    const Geometry& g = geometry[chain.first];
-    bool cuts = !pooled;
-    for (int i = chain.first + 1; i < chain.stop; ++i) {
-      cuts = cuts && (units_[i].depthwise || (units_[i].kernel == 1 && units_[i].stride == 1));
-    }
-    for (int64_t step = g.out_height;;) {
-      Flow flow(geometry, chain.first, chain.stop, step, element);
-      const int64_t bytes = held(flow) * size_of(element);
-      const bool fits = bytes <= kTileBytes;
-      if (fits || !cuts || step == 1 || step * g.out_width <= kTilePositions) return flow;
-      // About as many parts as would fit, of about the same size, and more than so far.
-      const int64_t now = (g.out_height + step - 1) / step;
-      const int64_t parts = std::max(now + 1, now * bytes / kTileBytes);
-      step = std::min(step - 1, (g.out_height + parts - 1) / parts);
-    }
-  };
-  std::vector<Flow> flows{flow_of(main_chain())};
-  if (num_units() > main_units_) flows.push_back(flow_of(shortcut_chain()));
-  bool whole = true;
-  int64_t hidden = 0, most = 1;
-  for (const Flow& flow : flows) {
-    whole = whole && flow.whole();
-    hidden = std::max(hidden, flow.elements());
-    most = std::max(most, held(flow));
-  }
   // Tiles enough for some threads, where images are small.
   const int64_t few = std::max((images.count + 15) / 16, kTilePositions / out_positions + 1);
-  const int64_t fit = whole ? std::min(kTileBytes / (most * size_of(element)), few) : 1;
+  const int64_t most = kTileBytes / (tiles_of.held * size_of(element));
+  const int64_t fit = tiles_of.whole ? std::min(most, few) : 1;
   const int64_t tile = std::clamp<int64_t>(fit, 1, images.count);
   const int tiles = static_cast<int>((images.count + tile - 1) / tile);
   const int64_t positions = images.height * images.width;
@@ -182,7 +197,7 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
     const void* from = after(x, first * positions * in_channels_, element);
     void* to = after(y, first * (pooled ? 1 : out_positions) * out_channels_,
                      pooled ? kFloat32 : element);
-    char* const work = scratch_memory<char>(kHidden, count * hidden * size_of(element));
+    char* const work = scratch_memory<char>(kHidden, count * tiles_of.hidden * size_of(element));
     float* const memory = scratch_memory<float>(kScratch, scratch);
     const auto run = [&](const Chain& chain, const Flow& flow, Source residual, void* target) {
       const auto lines_of = [&](int i) {
@@ -201,7 +216,7 @@ void Block::infer(const Kernels& kernels, const Images& images, const void* x,
         if (i == chain.first) {
           task.x = {after(from, chain.x_offset, element), in_channels_, chain.x_step};
           const int64_t stop_row = ((count - 1) * g.height + stop_line) * g.width;
-          if (splits) {
+          if (tiles_of.splits) {
             kernels.apply[element]({first_line * g.width, stop_row, in_channels_ / 2,
                                     {from, in_channels_, 2}, {nullptr, nullptr, false},
                                     {nullptr, 0, 1}, {to, out_channels_, 1}});
