@@ -167,26 +167,29 @@ class MomentSums:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: list[list[Tensor]] = []
+        self._sums: list[Sequence[Tensor]] = []  # of one batch: its own moments as they were given
 
     def add(self, moments: Sequence[Moments]) -> None:
-        """Add the moments of one batch."""
+        """Add the moments of one batch, which nothing may write to afterwards."""
         if self.count == 0:
-            self.sums = [[mean.double(), var.double()] for mean, var in moments]
+            self._sums = list(moments)
         else:
-            for total, (mean, var) in zip(self.sums, moments, strict=True):
+            if self.count == 1:
+                self._sums = [[mean.double(), var.double()] for mean, var in self._sums]
+            for total, (mean, var) in zip(self._sums, moments, strict=True):
                 total[0] += mean
                 total[1] += var
         self.count += 1
 
     def mean(self, like: Iterable[tuple[str, _BatchNorm]]) -> list[Moments]:
         """Averages over the batches, in the dtype of the batch norms they are for."""
+        count = self.count
         return [
             (
-                (mean / self.count).to(norm.running_mean.dtype),
-                (var / self.count).to(norm.running_var.dtype),
+                (mean if count == 1 else mean / count).to(norm.running_mean.dtype),
+                (var if count == 1 else var / count).to(norm.running_var.dtype),
             )
-            for (mean, var), (_, norm) in zip(self.sums, like, strict=True)
+            for (mean, var), (_, norm) in zip(self._sums, like, strict=True)
         ]
 
 
