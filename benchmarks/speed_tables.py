@@ -227,7 +227,7 @@ def _lever_table(rows: list[Row]) -> str:
 
 
 SHORT = {
-    "block inference": "one block is computed {} times as fast as by PyTorch's best eager layout",
+    "block inference": "one block is computed {} times as fast as by the best of PyTorch",
     "evaluator": "a generation of 50 is scored {} times as fast as one path at a time",
     "accumulate": "trained on {} times as fast",
     "pre-training step": "a single path is trained {} times as fast",
