@@ -167,16 +167,16 @@ class MomentSums:
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: list[Sequence[Tensor]] = []  # of one batch: its own moments as they were given
+        self.sums: list[Sequence[Tensor]] = []  # of one batch: its own moments as they were given
 
     def add(self, moments: Sequence[Moments]) -> None:
         """Add the moments of one batch, which nothing may write to afterwards."""
         if self.count == 0:
-            self._sums = list(moments)
+            self.sums = list(moments)
         else:
             if self.count == 1:
-                self._sums = [[mean.double(), var.double()] for mean, var in self._sums]
-            for total, (mean, var) in zip(self._sums, moments, strict=True):
+                self.sums = [[mean.double(), var.double()] for mean, var in self.sums]
+            for total, (mean, var) in zip(self.sums, moments, strict=True):
                 total[0] += mean
                 total[1] += var
         self.count += 1
@@ -189,7 +189,7 @@ class MomentSums:
                 (mean if count == 1 else mean / count).to(norm.running_mean.dtype),
                 (var if count == 1 else var / count).to(norm.running_var.dtype),
             )
-            for (mean, var), (_, norm) in zip(self._sums, like, strict=True)
+            for (mean, var), (_, norm) in zip(self.sums, like, strict=True)
         ]
 
 
