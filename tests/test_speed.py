@@ -150,8 +150,8 @@ def test_a_dirty_tree_and_a_failure_show(record):
 def test_the_figures_in_short_come_first(record):
     assert summary(record).startswith(
         "In short, in fp32 on one thread: one block is computed 1.50 to 2.50 times as fast as by "
-        "the best of PyTorch, trained on 4.40 times as fast. What was asked beforehand (*floor*) is "
-        "met by 3 of 5 rows."
+        "the best of PyTorch, trained on 4.40 times as fast. What was asked beforehand (*floor*) "
+        "is met by 3 of 5 rows."
     )
 
 
