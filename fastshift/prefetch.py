@@ -26,9 +26,10 @@ Copied = tuple["Batch | None", "torch.cuda.Event | None"]  # the event ends its 
 class Prefetcher:
     """Give batches by their keys, on a device, the next one made by a thread meanwhile.
 
-    Two batches are held at most: the one that was given, and the next. The thread starts with the
-    second batch, and only for a GPU whose first batch lay on the host; it ends with `close`. A
-    batch is made by one thread at a time.
+    Two batches are held at most: the one that was given, and the next; on the device an earlier
+    one stays until the stream that it was given to has used it. The thread starts with the second
+    batch, and only for a GPU whose first batch lay on the host; it ends with `close`. A batch is
+    made by one thread at a time.
 
     Args:
         make: gives the batch of a key, images and labels; None behind the last.
@@ -63,7 +64,7 @@ class Prefetcher:
             Exception: what making this very batch raised; the error of a batch that was made ahead
                 and is not asked for is dropped with it.
         """
-        if not self._is_wanted:
+        if not self._is_wanted and self._pending is None:
             return self._make(key)
         ahead = None
         if self._pending is not None:
@@ -101,10 +102,13 @@ class Prefetcher:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            images, labels = (
-                part.pin_memory().to(self.device, non_blocking=True) for part in batch
-            )
+            images, labels = (self._moved(part) for part in batch)
             return (images, labels), self._stream.record_event()
+
+    def _moved(self, part: Tensor) -> Tensor:
+        if part.device.type != "cpu":
+            return part
+        return part.pin_memory().to(self.device, non_blocking=True)
 
     def _received(self, batch: Batch | None, copied: torch.cuda.Event | None) -> Batch | None:
         """Have the present stream wait for a copy, whose memory is then kept until it is used."""

@@ -5,7 +5,7 @@ Estimates choose between forms of a launch and bound what it may take; they are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,13 +66,19 @@ def card_of(device: torch.device) -> tuple[Card, int]:
     """The figures that stand for a device, and its multiprocessors.
 
     Args:
-        device: a CUDA device has those of the newest listed card that is no newer; what is none
-            and what is older have those of the listed card with the smallest cache.
+        device: a CUDA device has those of the newest listed card that is no newer, but its own
+            second-level cache and shared memory; what is none and what is older have those of the
+            listed card with the smallest cache.
     """
     smallest = min(CARDS.values(), key=lambda card: card.cache)
     if device.type != "cuda" or not torch.cuda.is_available():
         return smallest, smallest.multiprocessors
     major, minor = torch.cuda.get_device_capability(device)
     listed = [card for capability, card in CARDS.items() if capability <= 10 * major + minor]
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return (listed[-1] if listed else smallest), count
+    found = torch.cuda.get_device_properties(device)
+    card = replace(
+        listed[-1] if listed else smallest,
+        shared=found.shared_memory_per_multiprocessor,
+        cache=found.L2_cache_size,
+    )
+    return card, found.multi_processor_count

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -523,6 +524,18 @@ def test_a_device_that_is_none_has_the_figures_of_the_smallest_card():
     card, count = card_of(torch.device("meta"))
     assert card is CARDS[80]
     assert count == card.multiprocessors == 108
+
+
+def test_a_card_that_is_not_listed_has_its_own_cache(monkeypatch):
+    own = SimpleNamespace(
+        multi_processor_count=82, L2_cache_size=6 << 20, shared_memory_per_multiprocessor=100 << 10
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
+    card, count = card_of(torch.device("cuda"))
+    assert (card.cache, card.shared, count) == (6 << 20, 100 << 10, 82)
+    assert card.rates == CARDS[80].rates
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=NAMES.get)

@@ -234,6 +234,24 @@ def test_batches_that_lie_on_the_device_are_made_when_they_are_asked_for(cuda):
     assert made == [threading.current_thread()] * 3
 
 
+def test_no_batch_is_lost_where_only_some_lie_on_the_device(cuda):
+    there = [index in (1, 2, 4) for index in range(6)]
+    batches = [
+        (torch.empty(2, 1, 1, 1, device="meta" if on else "cpu"), torch.tensor([index] * 2))
+        for index, on in enumerate(there)
+    ]
+    for _ in range(5):  # whoever is first to know
+        found = [labels.tolist() for _, labels in PrefetchedBatches(batches, CUDA)]
+        assert found == [[index] * 2 for index in range(6)]
+
+
+def test_labels_that_lie_on_the_device_stay_there(cuda):
+    batches = [(torch.zeros(2, 1, 1, 1), torch.empty(2, device="meta")) for _ in range(3)]
+    for images, labels in PrefetchedBatches(batches, CUDA):
+        assert torch.equal(images, torch.zeros(2, 1, 1, 1))
+        assert labels.device.type == "meta"
+
+
 # Errors, and what stays behind
 
 
