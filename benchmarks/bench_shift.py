@@ -26,6 +26,9 @@ from fastshift.trie import Plan
 
 # Space, image size, images of an update on a generation, and of a pre-training step.
 CASES = [("nasbench_macro", 32, 8, 64), ("shufflenet_v2", 64, 8, 64)]
+LARGE = ("shufflenet_v2", 224, 4, 32)  # of few figures: its updates take seconds
+UPDATES = [(case, generation) for case in CASES for generation in generations.KEPT]
+UPDATES.append((LARGE, generations.KEPT[-1]))
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 SAMPLE = slice(0, None, 17)
 # A rate of nought keeps every variant at the same weights; the work is the same.
@@ -123,8 +126,9 @@ def contestants(setting):
 
 
 @each_precision
-@pytest.mark.parametrize("generation", generations.KEPT)
-@each_case
+@pytest.mark.parametrize(
+    ("case", "generation"), [pytest.param(*u, id=f"{u[0][0]}-{u[0][1]}-{u[1]}") for u in UPDATES]
+)
 def test_accumulate(benchmark, case, generation, precision):
     if not benchmark.enabled and generation != generations.KEPT[-1]:
         pytest.skip("one generation is enough where nothing is timed")
@@ -155,7 +159,7 @@ def test_accumulate(benchmark, case, generation, precision):
 
 
 @each_precision
-@each_case
+@pytest.mark.parametrize("case", [*CASES, LARGE], ids=lambda c: f"{c[0]}-{c[1]}")
 def test_pretraining_step(benchmark, case, precision):
     archs = generations.load(case[0])[0][:1]
     setting = Setting(case, case[3] if benchmark.enabled else 8, precision, archs)
