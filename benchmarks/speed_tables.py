@@ -257,8 +257,8 @@ READING = """\
   after PyTorch's threads worked, or theirs after ours, against one after its own: 1 is undisturbed.
 """
 UNMEASURED = (
-    "Not measured either: whole generations and memory of shufflenet_v2 at 224 px, its scores and "
-    "updates in generations 0 and 5; with two threads bf16, generations 0 and 5, whole generations "
+    "Not measured either: updates, whole generations and memory of shufflenet_v2 at 224 px and its "
+    "scores in generations 0 and 5; with two threads bf16, generations 0 and 5, whole generations "
     "and levers."
 )
 
