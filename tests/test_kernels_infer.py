@@ -184,7 +184,11 @@ def _take(form, monkeypatch, programs=3):
         monkeypatch.setattr(kernels, name, cache(getattr(kernels, name).__wrapped__))
 
 
-@pytest.fixture(params=FORMS)
+_QUICK = ("stages", "rows")
+_FORMS = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in FORMS]
+
+
+@pytest.fixture(params=_FORMS)
 def form(request, monkeypatch):
     """Each form of a layer's launches."""
     _take(FORMS[request.param], monkeypatch)
