@@ -15,8 +15,8 @@
 namespace fastshift::cpu {
 namespace {
 
-// A thread that has nothing to do looks for work this long before it sleeps: waking one takes about
-// as long, which is a good part of a small block.
+// A thread that has nothing to do looks for work this long before it sleeps: small blocks would else
+// spend a good part of their time on waking it.
 constexpr std::chrono::microseconds kSpin{40};
 
 inline void relax() {

@@ -1,5 +1,5 @@
-// Worker threads that look for work for a moment after a call, then sleep. One pool a process; a forked
-// child starts its own.
+// Worker threads that look for work for a moment after a call, then sleep. One pool a process; a
+// forked child starts its own.
 #pragma once
 
 #include <functional>
