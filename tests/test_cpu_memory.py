@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from block_cases import (
     ABLE,
+    MAKERS,
     OPS,
     SOME,
     autocast,
@@ -30,6 +33,7 @@ from fastshift._native import cpu as _cpu
 from fastshift.layers import OpModule
 from fastshift.ops import inverted_residual, projection
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("isa", "poison")
 
 # Whatever the memory
@@ -141,7 +145,7 @@ def test_a_gradient_that_is_not_finite_reaches_every_parameter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", SOME)
+@pytest.mark.parametrize("make", MAKERS)
 def test_the_number_of_threads_changes_no_bit(make, dtype, threads):
     module, x = make_op(make, 6), make_rows((19, 6, 5, 4))
     dy = torch.randn(module(x).shape, generator=seeded(2))
@@ -197,6 +201,22 @@ def test_calls_from_several_threads_at_once_do_not_mix(threads):
         for index, job in jobs:
             found = job.result(timeout=60)
             assert all(torch.equal(found[name], expected[index][name]) for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and its ThreadSanitizer")
+def test_no_two_threads_touch_memory_in_no_order(isa, tmp_path):
+    if isa != ABLE[0]:
+        pytest.skip("threads do not depend on the instruction set")
+    sources = [ROOT / "tests" / "pool_stress.cpp", ROOT / "csrc" / "cpu" / "pool.cpp"]
+    program = tmp_path / "pool_stress"
+    command = ["g++", "-std=c++17", "-O1", "-fsanitize=thread", *sources, "-pthread", "-o", program]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in made.stderr and "tsan" in made.stderr:
+        pytest.skip("no ThreadSanitizer")
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 FORK = """
