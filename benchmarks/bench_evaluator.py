@@ -29,17 +29,27 @@ from fastshift.trie import Plan
 CASES = [
     ("nasbench_macro", 32, 8, 16, generations.KEPT),
     ("shufflenet_v2", 64, 8, 8, generations.KEPT),
-    ("shufflenet_v2", 224, 2, 4, generations.KEPT[-1:]),
+    ("shufflenet_v2", 224, 2, 4, generations.KEPT),
 ]
 CELLS = [(*case[:4], generation) for case in CASES for generation in case[4]]
 LAST = [cell for cell in CELLS if cell[4] == generations.KEPT[-1]]
-# Losses: bf16 rounds every tensor, and which op rounds where differs between the paths.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-SAMPLE = slice(0, None, 17)
 
 
 def label(cell):
     return f"{cell[0]}-{cell[1]}-generation{cell[4]}"
+
+
+# More images, as searches have: these take minutes.
+MANY = [(*case[:2], 32, 96, generations.KEPT[-1]) for case in CASES[:2]]
+GENERATION_CELLS = [
+    pytest.param(cell, precision, id=f"{label(cell)}{more}-{precision}")
+    for cells, precisions, more in ((CELLS, PRECISIONS, ""), (MANY, ("fp32",), "-128_images"))
+    for cell in cells
+    for precision in precisions
+]
+# Losses: bf16 rounds every tensor, and which op rounds where differs between the paths.
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+SAMPLE = slice(0, None, 17)
 
 
 class Setting:
@@ -119,8 +129,7 @@ def contestants(setting):
     return calls
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("cell", CELLS, ids=label)
+@pytest.mark.parametrize(("cell", "precision"), GENERATION_CELLS)
 def test_generation(benchmark, cell, precision):
     if not benchmark.enabled and (cell not in LAST or cell[1] > 64):
         pytest.skip("one generation of small images is enough where nothing is timed")
@@ -146,6 +155,7 @@ def test_generation(benchmark, cell, precision):
     note(
         benchmark,
         "evaluator",
+        **({"what": "128 images"} if cell in MANY else {}),
         **setting.fields(result.sharing),
         **figures(own, once | turns.times, result.sharing, turns.peaks),
         sampled_seconds={name: round(t, 3) for name, t in tried.items()},

@@ -17,7 +17,7 @@ import pytest
 from baselines import LAYOUTS, PRECISIONS
 from recording import note
 
-CASES = [("nasbench_macro", 32, 128), ("shufflenet_v2", 64, 128)]
+CASES = [("nasbench_macro", 32, 128), ("shufflenet_v2", 64, 128), ("shufflenet_v2", 224, 32)]
 FIRST = [("nasbench_macro", 32, 64), ("shufflenet_v2", 64, 64), ("shufflenet_v2", 224, 8)]
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
