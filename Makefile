@@ -59,7 +59,7 @@ sanitize: $(VENV)/.made-test
 	FASTSHIFT_CXXFLAGS="$(SANITIZE_FLAGS)" \
 	    $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	$(SANITIZED_RUN) -m "not slow" $(SANITIZED) $(ARGS)
-	$(SANITIZED_RUN) -m slow -k "training_pass or inference_" tests/test_cpu.py $(ARGS)
+	$(SANITIZED_RUN) -m slow -k "training_pass or inference_ or large_image" tests/test_cpu.py tests/test_cpu_lines.py $(ARGS)
 
 # The Triton kernels' tests under the interpreter, each access checked against the tensors' memory.
 sanitize-kernels: $(VENV)/.made-test

@@ -158,6 +158,23 @@ MAKERS = [
 ]
 # The instruction sets that this machine has.
 ABLE = [name for name, reason in cpu.instruction_sets().items() if reason is None]
+# Quick are all cases on the best of them, and odd shapes on the others.
+on_each_set = pytest.mark.parametrize(
+    ("isa", "make", "shape"),
+    [
+        pytest.param(
+            isa,
+            *case.values,
+            id=f"{isa}-{case.id}",
+            marks=case.marks
+            if isa == ABLE[0] or case.values[1] == SHAPES["odd"]
+            else pytest.mark.slow,
+        )
+        for isa in ABLE
+        for case in CASES
+    ],
+    indirect=["isa"],
+)
 
 
 class Poisoned:

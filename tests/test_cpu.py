@@ -6,7 +6,6 @@ import pytest
 import torch
 from block_cases import (
     ABLE,
-    CASES,
     LARGER,
     MAKERS,
     OPS,
@@ -24,6 +23,7 @@ from block_cases import (
     make_op,
     make_rows,
     norms_of,
+    on_each_set,
     randomised,
     three_ways,
 )
@@ -36,13 +36,13 @@ from fastshift.ops import Head, Unit
 pytestmark = pytest.mark.usefixtures("isa", "poison")
 
 
-@pytest.mark.parametrize(("make", "shape"), CASES)
+@on_each_set
 def test_a_training_pass_and_every_gradient_are_as_accurate_as_pytorchs(make, shape):
     found = check_training(make_op(make, shape[1]), make_rows(shape))
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
-@pytest.mark.parametrize(("make", "shape"), CASES)
+@on_each_set
 def test_inference_is_as_accurate_as_pytorchs(make, shape):
     module = make_op(make, shape[1]).eval()
     x = make_rows(shape)
@@ -108,7 +108,7 @@ def test_each_gradient_in_bfloat16_is_as_accurate_as_pytorchs_over_draws(make, s
         assert geometric_mean(found) <= 2, name
 
 
-@pytest.mark.parametrize(("make", "shape"), CASES)
+@on_each_set
 def test_inference_in_bfloat16_is_as_accurate_as_pytorchs(make, shape):
     module = make_op(make, shape[1]).eval()
     x = make_rows(shape)

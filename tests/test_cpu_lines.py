@@ -43,6 +43,10 @@ MAKERS = {
 }
 CASES = [pytest.param(*case, id=name) for name, case in MAKERS.items()]
 SOME = [case for case in CASES if case.id in ("dense_first", "shuffle-k7-s1", "xception-s2")]
+SOME_QUICK = [
+    case if case in SOME else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+    for case in CASES
+]
 BOTH_TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -82,7 +86,7 @@ def test_every_instruction_set_goes_through_large_images(make, channels, chains,
 
 
 @BOTH_TYPES
-@pytest.mark.parametrize(("make", "channels", "chains"), CASES)
+@pytest.mark.parametrize(("make", "channels", "chains"), SOME_QUICK)
 def test_images_and_threads_change_no_bit_of_a_large_image(make, channels, chains, dtype, threads):
     module, x = _case(make, channels, 3, dtype)
     with autocast(dtype):

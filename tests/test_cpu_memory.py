@@ -246,6 +246,7 @@ assert torch.equal(trained(), expected)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own(isa):
     if isa != ABLE[0]:

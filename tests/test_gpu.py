@@ -74,6 +74,7 @@ def test_without_cuda_everything_is_named_as_not_measured(capsys, monkeypatch, t
 
 
 @dry
+@pytest.mark.slow
 def test_a_broken_kernel_is_refused_by_its_own_test(capsys, monkeypatch, tmp_path):
     # A plugin of the gate's own process; the other kernels' tests pass there.
     (tmp_path / "broken_loss.py").write_text(
