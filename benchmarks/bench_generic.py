@@ -101,7 +101,7 @@ def folded(net: nn.Sequential) -> nn.Sequential:
     parts = []
     for part in net:
         replaced = {}
-        for conv, norm in conv_norm_pairs(part):
+        for conv, norm, _ in conv_norm_pairs(part):
             replaced[id(conv)] = fuse_conv_bn_eval(conv, norm)
             replaced[id(norm)] = nn.Identity()
         weights = {id(t): t for t in (*part.parameters(), *part.buffers())}

@@ -23,7 +23,7 @@ from fastshift.cpu import block_of
 from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
-from fastshift.tracing import conv_norm_pairs, unfold
+from fastshift.tracing import Pair, conv_norm_pairs, unfold
 
 __all__ = ["POLICIES", "BatchNorms", "MomentSums", "MovingAverages", "evaluation_mode", "start_ema"]
 
@@ -50,7 +50,7 @@ class BatchNorms:
         self._of: dict[nn.Module, list[tuple[str, _BatchNorm]]] = {}
         self._layout = RowLayout(supernet.memory_format)
         self._folds = FoldCache()
-        self._pairs: dict[nn.Module, list[tuple[nn.Conv2d, int]]] = {}
+        self._pairs: dict[nn.Module, list[tuple[Pair, int]]] = {}
 
     def of(self, owner: nn.Module) -> list[tuple[str, _BatchNorm]]:
         """Names and batch norms of one owner, in the order of its modules."""
@@ -116,7 +116,7 @@ class BatchNorms:
         found = self.of(owner)
         pairs = self._pairs_of(owner)
         if pairs:
-            folds = [self._folds.of(conv, found[i][1], *moments[i]) for conv, i in pairs]
+            folds = [self._folds.of(pair, *moments[i]) for pair, i in pairs]
             folded = {i for _, i in pairs}
             rest = [i for i in range(len(found)) if i not in folded]
             norms, kept = [found[i] for i in rest], [moments[i] for i in rest]
@@ -127,12 +127,12 @@ class BatchNorms:
                 self._pairs[owner] = []
         return self._with(owner, x, found, moments, False)
 
-    def _pairs_of(self, owner: nn.Module) -> list[tuple[nn.Conv2d, int]]:
-        """Convolutions that take over a norm, and its place among the owner's."""
+    def _pairs_of(self, owner: nn.Module) -> list[tuple[Pair, int]]:
+        """Convolutions that take over a norm, and the norm's place among the owner's."""
         if owner not in self._pairs:
             place = {norm: i for i, (_, norm) in enumerate(self.of(owner))}
             pairs = conv_norm_pairs(owner) if place else ()
-            self._pairs[owner] = [(conv, place[norm]) for conv, norm in pairs if norm in place]
+            self._pairs[owner] = [(p, place[p.norm]) for p in pairs if p.norm in place]
         return self._pairs[owner]
 
     def _with(

@@ -1,7 +1,8 @@
 """Batch norms folded into the convolutions before them, for as long as a module is called.
 
-The module itself is what runs, with its convolution answering for both of a pair; each run checks
-that the pair met as its trace said (`tracing`), so that no result changes silently.
+The module itself is what runs, with its convolution answering for both of a pair, and for the
+activation behind them; each run checks that these met as their trace said (`tracing`), so that no
+result changes silently.
 """
 
 from __future__ import annotations
@@ -10,8 +11,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from fastshift.tracing import Pair
 
 __all__ = ["Fold", "FoldCache", "NotAsTracedError", "apply_folded", "fold"]
+
+
+# As PyTorch's own compiler names them to oneDNN's convolution. Its ReLUs are not among them: they
+# make a number of NaN, and a network that has diverged would get a score.
+_FUSED = {nn.Hardswish: "hardswish", nn.SiLU: "swish"}
+_IN_PLACE = {
+    nn.ReLU: torch.relu_,
+    nn.ReLU6: lambda x: functional.relu6(x, inplace=True),
+    nn.Hardswish: lambda x: functional.hardswish(x, inplace=True),
+    nn.SiLU: lambda x: functional.silu(x, inplace=True),
+}
 
 
 class NotAsTracedError(Exception):
@@ -38,62 +53,110 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tu
 
 
 class Fold:
-    """A pair under given statistics: its convolution does the work of both.
+    """A pair under given statistics: its convolution does the work of both, and of an activation.
 
     Args:
-        conv, norm: the pair.
+        pair: of a trace.
         mean, var: that the norm normalises by, `[C]` each.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
-        self.conv, self.norm = conv, norm
-        self.sources = _sources(conv, norm, mean, var)
+    def __init__(self, pair: Pair, mean: Tensor, var: Tensor) -> None:
+        self.pair = pair
+        self.sources = _sources(pair, mean, var)
         self.versions = _versions(self.sources)
-        self.weight, self.bias = fold(conv, norm, mean, var)
-        self._convolved: Tensor | None = None
+        self.weight, self.bias = fold(pair.conv, pair.norm, mean, var)
+        self._awaited: list[nn.Module] = []  # that are to read the row next, in this order
+        self._row: Tensor | None = None
         self._version: int | None = None
-        self._is_done = False
+        self._is_activated = False
 
-    def holds(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> bool:
+    def holds(self, pair: Pair, mean: Tensor, var: Tensor) -> bool:
         """Whether this was made of just these values, as they are now."""
-        sources = _sources(conv, norm, mean, var)
+        sources = _sources(pair, mean, var)
         return all(a is b for a, b in zip(sources, self.sources, strict=True)) and (
             self.versions is not None and self.versions == _versions(sources)
         )
 
     def start(self) -> None:
         """Let the pair's modules run folded."""
-        self._convolved, self._is_done = None, False
+        self._row, self._awaited = None, [m for m in self.pair if m is not None]
         # Past nn.Module.__setattr__, as an instance's attribute in front of its class's.
-        self.conv.__dict__["forward"] = self._convolve
-        self.norm.__dict__["forward"] = self._normalise
+        for module, forward in zip(
+            self.pair, (self._convolve, self._normalise, self._activate), strict=True
+        ):
+            if module is not None:
+                module.__dict__["forward"] = forward
 
     def stop(self) -> None:
         """Let the pair's modules run as themselves again."""
-        self._convolved = None
-        for module in (self.conv, self.norm):
-            module.__dict__.pop("forward", None)
+        self._row = None
+        for module in self.pair:
+            if module is not None:
+                module.__dict__.pop("forward", None)
 
     @property
     def is_done(self) -> bool:
-        """Whether the pair has run, once."""
-        return self._is_done
+        """Whether the pair, and its activation, have run, once."""
+        return not self._awaited
 
     def _convolve(self, x: Tensor) -> Tensor:
-        if self._convolved is not None or self._is_done:
+        conv, _, activation = self.pair
+        if self._awaited[:1] != [conv]:
             raise NotAsTracedError
-        y = self.conv._conv_forward(x, self.weight, self.bias)
-        self._convolved, self._version = y, _version(y)
-        return y
+        self._is_activated = _can_fuse(conv, activation, x)
+        if self._is_activated:
+            y = torch.ops.mkldnn._convolution_pointwise(
+                x,
+                self.weight,
+                self.bias,
+                conv.padding,
+                conv.stride,
+                conv.dilation,
+                conv.groups,
+                _FUSED[type(activation)],
+                [],
+                "",
+            )
+        else:
+            y = conv._conv_forward(x, self.weight, self.bias)
+        return self._passed_on(y)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        if x is not self._convolved or _version(x) != self._version:
+        return self._passed_on(self._awaited_by(self.pair.norm, x))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        activation = self.pair.activation
+        y = self._awaited_by(activation, x)
+        return self._passed_on(y if self._is_activated else _IN_PLACE[type(activation)](y))
+
+    def _awaited_by(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self._awaited[:1] != [module] or x is not self._row or _version(x) != self._version:
             raise NotAsTracedError
-        self._convolved, self._is_done = None, True
         return x
 
+    def _passed_on(self, y: Tensor) -> Tensor:
+        del self._awaited[0]
+        self._row, self._version = (y, _version(y)) if self._awaited else (None, None)
+        return y
 
-def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple:
+
+def _can_fuse(conv: nn.Conv2d, activation: nn.Module | None, x: Tensor) -> bool:
+    """Whether oneDNN's convolution gives the activation along: float32 on a CPU."""
+    return (
+        type(activation) in _FUSED
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+def _sources(pair: Pair, mean: Tensor, var: Tensor) -> tuple:
+    conv, norm, _ = pair
     return conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, mean, var
 
 
@@ -124,13 +187,13 @@ class FoldCache:
         self.bytes = 0
         self._kept: dict[int, Fold] = {}
 
-    def of(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> Fold:
+    def of(self, pair: Pair, mean: Tensor, var: Tensor) -> Fold:
         """The fold of a pair under given statistics, as weights and statistics are now."""
         key = id(mean)  # kept alive by the fold
         found = self._kept.get(key)
-        if found is not None and found.holds(conv, norm, mean, var):
+        if found is not None and found.holds(pair, mean, var):
             return found
-        made = Fold(conv, norm, mean, var)
+        made = Fold(pair, mean, var)
         size = made.weight.nbytes
         if found is not None or (made.versions is not None and self.bytes + size <= self.limit):
             self.bytes += 0 if found is not None else size
@@ -149,7 +212,7 @@ def apply_folded(folds: Sequence[Fold], call: Callable[[], Tensor]) -> Tensor:
         What `call` gives.
 
     Raises:
-        NotAsTracedError: a pair did not run exactly once, its norm on its convolution's output.
+        NotAsTracedError: a pair did not run exactly once, each part on what the one before gave.
     """
     try:
         for each in folds:

@@ -1,10 +1,10 @@
-"""Convolutions whose batch norm can be folded into them, found in any module by a trace."""
+"""Convolutions whose batch norm and activation can be folded into them, found by a trace."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -12,9 +12,27 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _torch_module
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["conv_norm_pairs", "has_global_hooks", "is_changed", "runs_as_written", "unfold"]
+__all__ = [
+    "ACTIVATIONS",
+    "Pair",
+    "conv_norm_pairs",
+    "has_global_hooks",
+    "is_changed",
+    "runs_as_written",
+    "unfold",
+]
 
-Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+# Activations that a folded convolution can take along.
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
+
+
+class Pair(NamedTuple):
+    """A convolution, its batch norm, and the activation that alone reads the norm's output."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    activation: nn.Module | None
+
 
 _GLOBAL_HOOKS = tuple(
     f"_global_{name}"
@@ -53,10 +71,11 @@ def conv_norm_pairs(owner: nn.Module) -> tuple[Pair, ...]:
     """Find the convolutions of a module whose batch norm can be folded into them.
 
     Both are of exactly the types `nn.Conv2d` and `nn.BatchNorm2d`, are called once, and the norm
-    alone reads the convolution's output. A module that has hooks, that is compiled or that
-    `torch.fx` cannot trace has no pairs. The module is not called; a copy is traced, once as long
-    as its submodules and their plain attributes stay as they are (3 to 5 ms, as long as a small
-    block takes to score).
+    alone reads the convolution's output. An activation is taken along where it is one of
+    `ACTIVATIONS`, is called once, and alone reads the norm's output. A module that has hooks, that
+    is compiled or that `torch.fx` cannot trace has no pairs. The module is not called; a copy is
+    traced, once as long as its submodules and their plain attributes stay as they are (3 to 5 ms,
+    as long as a small block takes to score).
 
     Args:
         owner: any module of one tensor.
@@ -130,12 +149,14 @@ def _trace_pairs(owner: nn.Module) -> tuple[Pair, ...]:
     if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves([dict(own) for own in kept])):
         return ()
     return tuple(
-        (owner.get_submodule(conv), owner.get_submodule(norm))
-        for conv, norm in _pair_names(root, graph, tracer.read)
+        Pair(*(None if name is None else owner.get_submodule(name) for name in names))
+        for names in _pair_names(root, graph, tracer.read)
     )
 
 
-def _pair_names(root: nn.Module, graph: fx.Graph, read: set[int]) -> list[tuple[str, str]]:
+def _pair_names(
+    root: nn.Module, graph: fx.Graph, read: set[int]
+) -> list[tuple[str, str, str | None]]:
     called: dict[nn.Module, int] = {}
     read = set(read)
     for node in graph.nodes:
@@ -146,12 +167,12 @@ def _pair_names(root: nn.Module, graph: fx.Graph, read: set[int]) -> list[tuple[
             path, _, name = node.target.rpartition(".")
             read.add(id(getattr(root.get_submodule(path), name)))
 
-    def is_lone(node: fx.Node, kind: type[nn.Module]) -> bool:
+    def is_lone(node: fx.Node, *kinds: type[nn.Module]) -> bool:
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return False
         module = root.get_submodule(node.target)
         tensors = (*module.parameters(), *module.buffers())
-        return type(module) is kind and called[module] == 1 and not read & {id(t) for t in tensors}
+        return type(module) in kinds and called[module] == 1 and not read & {id(t) for t in tensors}
 
     pairs = []
     for node in graph.nodes:
@@ -159,5 +180,8 @@ def _pair_names(root: nn.Module, graph: fx.Graph, read: set[int]) -> list[tuple[
             continue
         before = node.args[0]
         if isinstance(before, fx.Node) and is_lone(before, nn.Conv2d) and len(before.users) == 1:
-            pairs.append(tuple(n.target.removeprefix("owner.") for n in (before, node)))
+            conv, norm = (n.target.removeprefix("owner.") for n in (before, node))
+            after = next(iter(node.users), None) if len(node.users) == 1 else None
+            takes = after is not None and is_lone(after, *ACTIVATIONS)
+            pairs.append((conv, norm, after.target.removeprefix("owner.") if takes else None))
     return pairs

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastshift.batch_norm import BatchNorms, evaluation_mode
 from fastshift.channel_moments import normalise_by_batch
@@ -25,7 +26,7 @@ from fastshift.testing import (
     snapshot,
     synthetic_data,
 )
-from fastshift.tracing import conv_norm_pairs
+from fastshift.tracing import ACTIVATIONS, Pair, conv_norm_pairs
 from fastshift.trie import Plan
 
 WIDTH = 6
@@ -147,6 +148,13 @@ ZOO = {
     "no bias": (lambda: nn.Sequential(conv(bias=False), norm(), nn.ReLU(inplace=True)), 1),
     "no affine": (lambda: nn.Sequential(conv(), norm(affine=False), nn.SiLU()), 1),
     "eps": (lambda: nn.Sequential(conv(), norm(eps=0.5)), 1),
+    "relu": (lambda: nn.Sequential(conv(), norm(), nn.ReLU(), conv(1)), 1),
+    "relu6": (lambda: nn.Sequential(conv(), norm(), nn.ReLU6(), conv(1)), 1),
+    "same padding": (
+        lambda: nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding="same"), norm(), nn.Hardswish()),
+        1,
+    ),
+    "reflected": (lambda: nn.Sequential(conv(padding_mode="reflect"), norm(), nn.SiLU()), 1),
     "no statistics": (lambda: nn.Sequential(conv(), norm(track_running_stats=False)), 0),
     "grouped": (lambda: nn.Sequential(conv(groups=3), norm(), nn.Hardswish()), 1),
     "dilated": (lambda: nn.Sequential(conv(dilation=2), norm()), 1),
@@ -275,6 +283,75 @@ def test_a_fold_is_what_its_pair_computes():
     with torch.no_grad():
         plain = nn.Sequential(*pair).eval()(x)
         assert torch.allclose(pair[0]._conv_forward(x, weight, bias), plain, atol=1e-12)
+
+
+def _norm_read_twice(m, x):
+    y = m.norm(m.conv(x))
+    return m.activation(y) + y
+
+
+def _activated_twice(m, x):
+    return m.activation(m.norm(m.conv(m.activation(x))))
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_an_activation_goes_along_where_it_alone_reads_the_norms_output(kind):
+    def taken(module):
+        return [pair.activation for pair in conv_norm_pairs(module)]
+
+    follows, between = nn.Sequential(conv(), norm(), kind()), conv(1)
+    assert taken(follows) == [follows[2]]
+    assert taken(nn.Sequential(conv(), norm(), between, kind())) == [None]
+    for run in (_norm_read_twice, _activated_twice):
+        assert taken(Calls(run, activation=kind(), **_parts())) == [None]
+    assert taken(nn.Sequential(conv(), norm(), type("Own", (kind,), {})())) == [None]
+    follows[2] = nn.Identity()
+    assert taken(follows) == [None]
+
+
+class _Fused(TorchDispatchMode):
+    """Counts oneDNN's convolutions with an activation, and activations of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = self.alone = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.fused += func is torch.ops.mkldnn._convolution_pointwise.default
+        self.alone += func._schema.name.startswith(("aten::hardswish", "aten::silu"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("kind", [nn.Hardswish, nn.SiLU])
+def test_a_smooth_activation_is_computed_with_its_convolution(kind, data, monkeypatch):
+    net = _supernet(lambda: nn.Sequential(conv(), norm(), kind()))
+    with _Fused() as counted:
+        _logits(net, data)
+    assert counted.fused > 0 == counted.alone
+    with _Fused() as counted:
+        _logits(net, data, precision="bf16")
+    assert counted.fused == 0 < counted.alone
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with _Fused() as counted:
+        _logits(net, data)
+    assert counted.fused == 0 < counted.alone
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_not_hidden_by_an_activation(kind, value, monkeypatch):
+    net = _supernet(lambda: nn.Sequential(conv(), norm(), kind()))
+    op, x = net.blocks[0][0].eval(), torch.randn(2, WIDTH, 5, 5)
+    x[0, 1, 2, 2] = value
+    norms, moments = BatchNorms(net), [(op[1].running_mean, op[1].running_var)]
+    with torch.no_grad():
+        found = norms.impose(op, x, moments)
+        monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
+        plain = norms.impose(op, x, moments)
+    assert not plain[0].isfinite().all() or kind is nn.ReLU6
+    assert torch.equal(found.isnan(), plain.isnan())
+    assert torch.equal(found.isinf(), plain.isinf())
 
 
 def test_one_dimensional_rows_and_inference_mode_are_scored_alike(data):
@@ -466,7 +543,7 @@ def test_moments_of_channels_last_rows_keep_their_digits(shape):
 def test_folds_are_kept_up_to_a_limit_and_made_again_beyond():
     size = conv().weight.nbytes
     cache = FoldCache(2 * size)
-    pairs = [(conv(), norm(), torch.zeros(WIDTH), torch.ones(WIDTH)) for _ in range(3)]
+    pairs = [(Pair(conv(), norm(), None), torch.zeros(WIDTH), torch.ones(WIDTH)) for _ in range(3)]
     first = [cache.of(*pair) for pair in pairs]
     again = [cache.of(*pair) for pair in pairs]
     assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
