@@ -32,10 +32,11 @@ from fastshift.data.uploaded import MOST_BYTES
 from fastshift.durable import replace_file
 from fastshift.errors import ArchError, ConfigError
 from fastshift.evaluator import Evaluator, Scores
-from fastshift.export import export
+from fastshift.export import checked_path, export
 from fastshift.population import Evolution
 from fastshift.progress import Progress
 from fastshift.ranking import Truth, format_table, rank_table
+from fastshift.sampler import FeasibleSampler
 from fastshift.settings import (
     ConstraintOptions,
     EvaluateOptions,
@@ -91,6 +92,13 @@ def _target(config: Config) -> Path | None:
     path = Path(config["out"])
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"out: {str(path)!r}; expected a file name in a directory that exists")
+    return _unused(path)
+
+
+def _unused(path: Path) -> Path:
+    """The path itself, refused where something is there: perhaps the only copy of hours of work."""
+    if path.exists():
+        raise ConfigError(f"out: {str(path)!r} is there already; remove it, or give another file")
     return path
 
 
@@ -102,6 +110,10 @@ def _archs(spec: str, space: SearchSpace, constraints: dict[str, Any], seed: int
             raise ConfigError(f"archs: {spec!r}; expected random:N with N of at least 1")
         # A stream of its own: a search of this seed shifts on its own first draws.
         options = {"constraints": constraints, "seed": seed ^ 1 << 42}
+        most = FeasibleSampler(space, constraints).count
+        if most is not None and int(count) > most:
+            which = "satisfy the constraints" if constraints else f"{space.name} has"
+            raise ConfigError(f"archs: {spec!r}; expected at most random:{most}, all that {which}")
         drawn = Evolution(space, int(count), 1, mutation=0, crossover=0, **options)
         archs = drawn.ask()
         if len(archs) < int(count):
@@ -202,12 +214,16 @@ def _export(config: Config) -> int:
             raise ArchError(
                 f"arch: {config['arch']!r}; expected {meta['arch']!r}, the one retrained there"
             )
-        text, net = meta["arch"], supernet.subnet(np.zeros(space.num_blocks, np.uint8))
+        text = meta["arch"]
+        target = _unused(checked_path(config["out"], options.format, text))
+        net = supernet.subnet(np.zeros(space.num_blocks, np.uint8))
         facts = {name: meta.get(name) for name in ("class_names", "mean", "std")}
         facts |= {"weights": "retrained"}
     else:
         config.require("arch", "data")
         arch = chosen_arch(config, space)
+        text = space.format(arch)
+        target = _unused(checked_path(config["out"], options.format, text))
         data = load_data(config)
         supernet = place(config, load_weights(config, data))
         check_ema(options.batch_norm, supernet)
@@ -216,7 +232,6 @@ def _export(config: Config) -> int:
             calibration=data.calibration if options.batch_norm == "recalibrate" else None,
             statistics="ema" if options.batch_norm == "ema" else "running",
         )
-        text = space.format(arch)
         facts = {
             "class_names": None if data.class_names is None else list(data.class_names),
             "mean": list(data.mean),
@@ -228,7 +243,7 @@ def _export(config: Config) -> int:
     written = export(
         net,
         text,
-        config["out"],
+        target,
         format=options.format,
         input_shape=(space.in_channels, space.image_size, space.image_size),
         metadata={"space": space.name, "recipe": space.recipe, **facts},

@@ -191,6 +191,24 @@ def test_progress_goes_to_standard_error_and_quiet_silences_it(space, tmp_path, 
     assert shown.out.startswith(f"{tmp_path / 'a'}/supernet.safetensors: 1 steps")
 
 
+def test_blocks_that_see_one_pixel_are_named_before_a_run(tmp_path, capsys):
+    wide = ["--space=nasbench_macro", "--space-options=width=0.25"]
+    argv = ["pretrain", *wide, *IMAGES, "--steps=1", "--batch-size=4"]
+    assert main([*argv, f"--out={tmp_path / 'small'}"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "nasbench_macro with images of 8 px: 2 of its 8 blocks see maps of one pixel" in said
+    assert main([*argv, "--image-size=16", f"--out={tmp_path / 'larger'}"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_population_smaller_than_ten_is_all_parents_by_default(supernet, tmp_path):
+    argv = ["search", f"--supernet={supernet}", *IMAGES, f"--out={tmp_path / 'run'}"]
+    few = [word for word in SEARCH if not word.startswith("--parents")]
+    assert main([*argv, *few, "--no-report"]) == 0
+    assert result_of(tmp_path / "run")["shift"]["parents"] == 4
+
+
 def test_a_run_that_goes_on_elsewhere_says_what_is_different(space, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["pretrain", space, *IMAGES, f"--out={out}", "--steps=1", "--batch-size=8"]
@@ -489,6 +507,25 @@ def test_help_names_every_verb_and_every_option(capsys):
     for section in VERBS["search"]:
         for option in section.options():
             assert option.flag in shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_speaks_of_defaults_as_a_user_would(verb):
+    for section in VERBS[verb]:
+        for option in section.options():
+            assert option.help, option.flag
+            words = set(re.findall(r"[A-Za-z_]+", option.help))
+            assert not words & {"None", "True", "False", "tuple", "dict", "bool"}, option.flag
+
+
+def test_help_names_what_stands_for_a_value_and_what_is_on_by_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("--out DIR", "--seed N ", "--config FILE", "--data SPEC", "--classes N,N,..."):
+        assert words in shown
+    assert "write report.html, where matplotlib is installed. (default: yes)" in shown
+    assert "(default: None)" not in shown
 
 
 @pytest.mark.parametrize(
