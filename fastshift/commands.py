@@ -68,6 +68,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _note_finished(config: Config) -> None:
+    if not config["quiet"]:
+        out = config["out"]
+        print(f"fastshift: {out}: finished before; remove it to start anew", file=sys.stderr)
+
+
+def _note_unused(config: Config) -> None:
+    """Say which options were changed from their defaults and decide nothing in this search."""
+    reasons = {}
+    if config["shift"] == "none":
+        reasons["shift_"] = "with --shift none no weights move"
+    if config["supernet"] is not None:
+        reasons["pretrain_"] = "the weights come from --supernet"
+    for prefix, reason in reasons.items():
+        flags = [flag for name, flag in config.changed().items() if name.startswith(prefix)]
+        if flags:
+            text = f"fastshift: not used, since {reason}: {', '.join(flags)}"
+            print(text, file=sys.stderr)
+
+
 def _note_small_maps(space: SearchSpace) -> None:
     """Say where images are so small that the kernel size of a choice means nothing."""
     if space.pixel_blocks:
@@ -89,6 +109,8 @@ def _pretrain(config: Config, stop: Stop) -> int:
     supernet = place(config, new_supernet(config, shape_of(data), config["seed"]))
     FeasibleSampler(supernet.space, constraints)  # refuses what cannot be met before any trace
     _note_small_maps(supernet.space)
+    if goes_on and (Path(config["out"]) / "supernet.safetensors").exists():
+        _note_finished(config)
     begin_run(config, goes_on)
     result = _train(config, supernet, data, options, stop)
     if result.stopped:
@@ -123,9 +145,7 @@ def _search(config: Config, stop: Stop) -> int:
         config.require("space")
     goes_on = open_run(config)
     if goes_on and _is_finished(config):
-        if not config["quiet"]:
-            out = config["out"]
-            print(f"fastshift: {out}: finished before; remove it to start anew", file=sys.stderr)
+        _note_finished(config)
         return _show(config)
     data = load_data(config)
     options = config.part(SearchOptions, constraints=config.part(ConstraintOptions).given())
@@ -147,6 +167,7 @@ def _search(config: Config, stop: Stop) -> int:
         check_resets(supernet)
     check_ema(options.batch_norm or options.default_batch_norm, supernet, moves=options.moves)
     place(config, supernet)
+    _note_unused(config)
     _note_small_maps(supernet.space)
     begin_run(config, goes_on)
     if pretraining is not None:
@@ -300,6 +321,7 @@ def _retrain(config: Config, stop: Stop) -> int:
     goes_on = open_run(config)
     path = Path(config["out"]) / "retrained.json"
     if goes_on and path.exists():
+        _note_finished(config)
         return _show_retrained(_read_json(path))
     data = load_data(config)
     if config["supernet"] is None:

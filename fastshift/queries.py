@@ -147,7 +147,8 @@ def _arch_lines(spec: str) -> list[tuple[int, str]]:
             lines = Path(spec).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
-            f"archs: {spec!r} cannot be read: {error.strerror}; expected FILE, - or random:N"
+            f"archs: {spec!r} cannot be read: {error.strerror}; expected a file with an "
+            "architecture a line, - for standard input, or random:N"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"archs: {spec!r} is not text: {error}") from error
@@ -248,10 +249,10 @@ def _export(config: Config) -> int:
         input_shape=(space.in_channels, space.image_size, space.image_size),
         metadata={"space": space.name, "recipe": space.recipe, **facts},
     )
-    print(
-        f"{written.path}: {written.num_bytes:,} bytes, logits within {written.parity:.1g} of the "
-        "network's largest"
+    agree = (
+        f"logits within {written.parity:.1g} of the largest" if written.parity else "same logits"
     )
+    print(f"{written.path}: {written.num_bytes:,} bytes, read back: {agree}")
     return DONE
 
 
@@ -308,7 +309,7 @@ def _info(config: Config) -> int:
             )
     else:
         print(f"{'gpu':12} none usable by this torch")
-    print("\npopulation core (sampling, trie): C++, compiled")
+    print("\npopulation (sampling, mutation, crossover, the trie): compiled C++")
     _print_steps()
     _print_augmentation()
     _print_kernels()
@@ -318,14 +319,16 @@ def _info(config: Config) -> int:
 
 def _print_steps() -> None:
     """Print how a batch goes through a plan on each kind of device, and why."""
-    print("steps (a batch through a population, of described supernets):")
+    print("calls of the kernels below, as a batch goes through a population:")
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         try:
             wanted, why = wanted_steps(torch.device(kind))
         except ConfigError:  # said last
             wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
-        how = "CUDA graphs over static buffers" if kind == "cuda" else "static buffers, no graphs"
-        print(f"  {kind:14} {how if wanted == 'static' else wanted}: {why}")
+        graphs = "CUDA graphs over static buffers"
+        static = graphs if kind == "cuda" else "static buffers, no graphs"
+        how = {"static": static, "modules": "one after the other, from Python"}
+        print(f"  {kind:14} {how.get(wanted, wanted)}: {why}")
 
 
 def _print_augmentation() -> None:
@@ -354,15 +357,15 @@ def _print_kernels() -> None:
         cuda = backends.cuda_backend()
     except ConfigError:  # said last
         backend, level, runs, cuda = None, None, "nothing", "nothing"
-    print("population layer (scoring, calibration, training):")
+    print("kernels of candidate ops made of units (scoring, calibration, training):")
     for kernel in ("block forward", "block backward", "block infer"):
         print(f"  {kernel:14} {runs}")
-    print(f"  {'others':14} reference: other modules, and units without batch norm")
+    print(f"  {'others':14} PyTorch: ops that are modules, units without batch norm, classifiers")
     if torch.cuda.is_available():
         print(f"  {'on CUDA':14} {cuda}: the operators (fastshift.operators); modules otherwise")
-    print("implementations, of rows on a CPU:")
+    print("implementations of the kernels on a CPU; cpu is compiled C++, reference is PyTorch:")
     _print_choices(backends.backends(), backend, "FASTSHIFT_BACKEND")
-    print("instruction sets of cpu:")
+    print("instruction sets that cpu was compiled for:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
 
 

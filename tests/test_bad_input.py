@@ -351,7 +351,7 @@ def test_an_architecture_of_wrong_length_or_choice_is_refused_with_its_line(
     refused(*argv, says=says)
 
 
-@pytest.mark.parametrize("spec", ["random:0", "random:x", "random:17", "nowhere.txt"])
+@pytest.mark.parametrize("spec", ["random:0", "random:x", "random:17", "nowhere.txt", "0101"])
 def test_architectures_that_cannot_be_had_are_refused(refused, supernet, spec):
     refused("evaluate", f"--supernet={supernet}", *IMAGES, f"--archs={spec}", says=spec)
 
@@ -616,6 +616,5 @@ def test_a_file_that_is_there_is_never_overwritten(refused, supernet, tmp_path):
 @pytest.mark.parametrize("split", ["--split-seed=1", "--validation-size=30", "--limit=90"])
 def test_a_supernet_is_not_scored_on_images_it_was_trained_on(supernet, refused, split):
     images = [word for word in IMAGES if not word.startswith(split.split("=")[0])]
-    refused(
-        "evaluate", f"--supernet={supernet}", *images, split, "--archs=random:2", says="split with"
-    )
+    says = ["split with", "give the same --limit, --classes, --validation-size and --split-seed"]
+    refused("evaluate", f"--supernet={supernet}", *images, split, "--archs=random:2", says=says)
