@@ -243,7 +243,8 @@ def _check_split(path: str, trained_on: dict[str, Any], given: dict[str, Any]) -
         if trained_on.get(name) != given[name]:
             raise ConfigError(
                 f"supernet {path!r}: trained on the same images, split with {name} "
-                f"{trained_on.get(name)}; expected that here, got {given[name]}"
+                f"{trained_on.get(name)}; expected that here, got {given[name]}: give the same "
+                "--limit, --classes, --validation-size and --split-seed"
             )
 
 

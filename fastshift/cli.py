@@ -100,7 +100,9 @@ def _is_positional(option: Option) -> bool:
 
 def _add(group: Any, option: Option) -> None:
     text = option.help.replace("%", "%%")
-    if option.default is not None and option.hint is not bool:
+    if option.default is True:
+        text += " (default: yes)"
+    elif option.default is not None and option.hint is not bool:
         text += f" (default: {option.default})"
     keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
     if _is_positional(option):

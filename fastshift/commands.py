@@ -68,6 +68,37 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _note_finished(config: Config) -> None:
+    if not config["quiet"]:
+        out = config["out"]
+        print(f"fastshift: {out}: finished before; remove it to start anew", file=sys.stderr)
+
+
+def _note_unused(config: Config) -> None:
+    """Say which options were changed from their defaults and decide nothing in this search."""
+    reasons = {}
+    if config["shift"] == "none":
+        reasons["shift_"] = "with --shift none no weights move"
+    if config["supernet"] is not None:
+        reasons["pretrain_"] = "the weights come from --supernet"
+    for prefix, reason in reasons.items():
+        flags = [flag for name, flag in config.changed().items() if name.startswith(prefix)]
+        if flags:
+            text = f"fastshift: not used, since {reason}: {', '.join(flags)}"
+            print(text, file=sys.stderr)
+
+
+def _note_small_maps(space: SearchSpace) -> None:
+    """Say where images are so small that the kernel size of a choice means nothing."""
+    if space.pixel_blocks:
+        print(
+            f"fastshift: {space.name} with images of {space.image_size} px: "
+            f"{len(space.pixel_blocks)} of its {space.num_blocks} blocks see maps of one pixel, "
+            "where kernels of all sizes are one weight; --image-size takes a larger one",
+            file=sys.stderr,
+        )
+
+
 def _pretrain(config: Config, stop: Stop) -> int:
     check_backend()
     config.require("out", "space", "data")
@@ -77,6 +108,9 @@ def _pretrain(config: Config, stop: Stop) -> int:
     options = config.part(PretrainOptions, constraints=constraints)
     supernet = place(config, new_supernet(config, shape_of(data), config["seed"]))
     FeasibleSampler(supernet.space, constraints)  # refuses what cannot be met before any trace
+    _note_small_maps(supernet.space)
+    if goes_on and (Path(config["out"]) / "supernet.safetensors").exists():
+        _note_finished(config)
     begin_run(config, goes_on)
     result = _train(config, supernet, data, options, stop)
     if result.stopped:
@@ -111,9 +145,7 @@ def _search(config: Config, stop: Stop) -> int:
         config.require("space")
     goes_on = open_run(config)
     if goes_on and _is_finished(config):
-        if not config["quiet"]:
-            out = config["out"]
-            print(f"fastshift: {out}: finished before; remove it to start anew", file=sys.stderr)
+        _note_finished(config)
         return _show(config)
     data = load_data(config)
     options = config.part(SearchOptions, constraints=config.part(ConstraintOptions).given())
@@ -129,11 +161,14 @@ def _search(config: Config, stop: Stop) -> int:
     common = {"seed": config["seed"], "precision": config["precision"], "fresh_head": transfers}
     with of_the_user():
         # Before any work and any trace: every option is tried on a supernet to throw away.
-        Search(copy.deepcopy(supernet), data, options, **common)
+        tried = Search(copy.deepcopy(supernet), data, options, **common)
     if config["retrain_check"]:
+        _check_others(config["retrain_check"], tried.evolution.feasible_count)
         check_resets(supernet)
     check_ema(options.batch_norm or options.default_batch_norm, supernet, moves=options.moves)
     place(config, supernet)
+    _note_unused(config)
+    _note_small_maps(supernet.space)
     begin_run(config, goes_on)
     if pretraining is not None:
         found = checkpoint.load(config["out"])
@@ -167,6 +202,15 @@ def _is_finished(config: Config) -> bool:
         return False
     content = _read_json(path)
     return not config["retrain_check"] or "retrained" in content or not content.get("best")
+
+
+def _check_others(count: int, feasible: int | None) -> None:
+    """Refuse to retrain more architectures beside the winner than there are."""
+    if feasible is not None and count >= feasible:
+        raise ConfigError(
+            f"retrain_check: {count}; expected at most {feasible - 1}, the feasible architectures "
+            "without the winner"
+        )
 
 
 def _retrain_check(
@@ -277,6 +321,7 @@ def _retrain(config: Config, stop: Stop) -> int:
     goes_on = open_run(config)
     path = Path(config["out"]) / "retrained.json"
     if goes_on and path.exists():
+        _note_finished(config)
         return _show_retrained(_read_json(path))
     data = load_data(config)
     if config["supernet"] is None:
@@ -288,6 +333,7 @@ def _retrain(config: Config, stop: Stop) -> int:
     options = config.part(RetrainOptions)
     device_of(config)
     fresh_path(supernet, arch, config["seed"])  # tried before any trace
+    _note_small_maps(space)
     begin_run(config, goes_on)
     trained = _train_alone(
         config,

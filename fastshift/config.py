@@ -13,7 +13,7 @@ import yaml
 from fastshift import data
 from fastshift.durable import replace_file
 from fastshift.errors import ConfigError, FastShiftError
-from fastshift.options import Section
+from fastshift.options import Option, Section
 from fastshift.pretrain import PretrainOptions
 from fastshift.retrain import RetrainOptions
 from fastshift.search import SearchOptions
@@ -170,11 +170,17 @@ class Config:
         for section in VERBS[self.verb]:
             self._make(section)
 
+    def _options(self) -> dict[str, Option]:
+        return {option.name: option for section in VERBS[self.verb] for option in section.options()}
+
+    def changed(self) -> dict[str, str]:
+        """The flags of the options that have another value than their default, by name."""
+        options = self._options().values()
+        return {o.name: o.flag for o in options if self.values[o.name] != o.default}
+
     def require(self, *names: str) -> None:
         """Refuse a configuration in which one of these options is missing."""
-        options = {
-            option.name: option for section in VERBS[self.verb] for option in section.options()
-        }
+        options = self._options()
         for name in names:
             if self.values[name] is None:
                 option = options[name]

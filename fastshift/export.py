@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastshift.errors import CheckpointError, ConfigError, missing_extra
 
-__all__ = ["FORMATS", "Exported", "export", "load_into", "read_metadata"]
+__all__ = ["FORMATS", "Exported", "checked_path", "export", "load_into", "read_metadata"]
 
 FORMATS = {"torch": ".pt2", "safetensors": ".safetensors", "onnx": ".onnx"}
 
@@ -97,7 +97,7 @@ def export(
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     shape = _checked_shape(input_shape)
-    target = _checked_path(Path(path), format, arch)
+    target = checked_path(path, format, arch)
     net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
     # Two images: the tracer fixes sizes 0 and 1, and the batch would no longer be free.
     example = torch.zeros(2, *shape, dtype=_checked_dtype(net))
@@ -193,8 +193,18 @@ def _checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
-def _checked_path(path: Path, format: str, arch: str) -> Path:
-    suffix = FORMATS[format]
+def checked_path(path: str | os.PathLike[str], format: str, arch: str) -> Path:
+    """The file that `export` would write.
+
+    Args:
+        path: a file name with the format's suffix, or an existing directory.
+        format: one of `FORMATS`.
+        arch: the architecture's string.
+
+    Raises:
+        ConfigError: the name has another suffix.
+    """
+    path, suffix = Path(path), FORMATS[format]
     if path.is_dir():
         path = path / f"{arch}{suffix}"
     if path.suffix != suffix:

@@ -29,7 +29,8 @@ class Option:
         default: where neither file nor command line gives it.
         help: one paragraph.
         metadata: `positional` marks an argument without a flag, `optional` one of those that may be
-            left out, `bare` is the value of a flag that stands alone.
+            left out, `bare` is the value of a flag that stands alone, `metavar` stands for the
+            value in the help.
     """
 
     name: str
@@ -48,10 +49,12 @@ class Option:
     def metavar(self) -> str:
         """What stands for its value in the help."""
         kinds = get_args(self.hint) or (self.hint,)
+        if "metavar" in self.metadata:
+            return self.metadata["metavar"]
         if self.hint is Any:
             return "VALUE"
         if _takes_list(kinds):
-            return "INT,..."
+            return "N,N,..."
         return "|".join(_METAVARS[kind] for kind in _METAVARS if kind in kinds)
 
     def read(self, value: Any) -> Any:
@@ -131,7 +134,7 @@ _READERS: dict[type, Callable[[Any], Any]] = {
     float: _read_float,
     str: _read_str,
 }
-_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
+_METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 _WORDS = {bool: "yes or no", int: "a whole number", float: "a finite number", str: "text"}
 
 

@@ -35,17 +35,21 @@ class PretrainOptions:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: images a step; None takes the data's own, `train.batch_size`.
+        batch_size: images a step, by default that of the data, 128 on the command line; more than
+            the training part has come from several passes over it.
         sampler: `uniform` draws each path's choices uniformly (SPOS, section 3.2); `fair` trains
             every choice of every block once a step, on as many paths as a block has choices
             (FairNAS, strict fairness).
         paths_per_step: paths of a `uniform` step, all on one batch; their losses are averaged.
-        lr: peak learning rate; None takes SPOS's 0.5 for 1,024 images in proportion to the batch.
-        momentum, weight_decay, nesterov: of SGD; the decay acts on matrices and kernels only.
+        lr: peak learning rate; by default that of SPOS, 0.5 for a batch of 1,024 images, in
+            proportion to the batch size.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD; acts on matrices and kernels only.
+        nesterov: use Nesterov's form of momentum.
         schedule: `linear` or `cosine` down to zero, or `constant`.
         warmup_steps: steps in which the rate rises linearly from zero.
         label_smoothing: of the cross-entropy.
-        clip_norm: largest norm of the whole gradient; None leaves it.
+        clip_norm: largest norm of the whole gradient; by default it is not clipped.
         constraints: bounds by metric, as `space.parse_constraints` takes them; paths are then
             uniform among the architectures that meet them. `fair` takes none.
     """
@@ -82,6 +86,10 @@ class PretrainOptions:
                 raise ConfigError(f"{name}: {value}; expected at least 1")
         if self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps: {self.warmup_steps}; expected at least 0")
+        if self.warmup_steps > self.steps:
+            raise ConfigError(
+                f"warmup_steps: {self.warmup_steps}; expected at most steps, {self.steps}"
+            )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("momentum: 0; expected a positive one with nesterov")
         check_sgd(self)
@@ -258,7 +266,7 @@ def pretrain(
     stopped, saved, begin = None, time.perf_counter(), time.perf_counter()
     device = next(supernet.parameters()).device
     with (
-        Progress(options.steps - step, what=what, quiet=quiet) as progress,
+        Progress(options.steps, what=what, quiet=quiet, done=step) as progress,
         Scalars(out) as scalars,
         PrefetchedTrain(data.train, device, options.steps) as train,
     ):

@@ -119,7 +119,7 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
     def _left(self, now: float) -> str:
-        """What is left at the pace so far, once that says anything."""
+        """What is left of this stage at the pace so far, once that says anything."""
         own = self.done - self._done_before
         if self.total is None or own <= 0 or now - self._begun < 5.0:
             return ""
@@ -128,12 +128,10 @@ class Progress:
             return ""
         minutes = seconds / 60
         if minutes < 2:
-            return f"  about {seconds:.0f} s left"
-        return (
-            f"  about {minutes:.0f} min left"
-            if minutes < 120
-            else f"  about {minutes / 60:.0f} h left"
-        )
+            amount = f"{seconds:.0f} s"
+        else:
+            amount = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+        return f"  about {amount} left of {self.what}"
 
     def _texts(self, now: float) -> list[str]:
         start, counts = self._marks[0] if self._marks else (self._begun, dict(self._counts))

@@ -32,10 +32,11 @@ from fastshift.data.uploaded import MOST_BYTES
 from fastshift.durable import replace_file
 from fastshift.errors import ArchError, ConfigError
 from fastshift.evaluator import Evaluator, Scores
-from fastshift.export import export
+from fastshift.export import checked_path, export
 from fastshift.population import Evolution
 from fastshift.progress import Progress
 from fastshift.ranking import Truth, format_table, rank_table
+from fastshift.sampler import FeasibleSampler
 from fastshift.settings import (
     ConstraintOptions,
     EvaluateOptions,
@@ -91,6 +92,13 @@ def _target(config: Config) -> Path | None:
     path = Path(config["out"])
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"out: {str(path)!r}; expected a file name in a directory that exists")
+    return _unused(path)
+
+
+def _unused(path: Path) -> Path:
+    """The path itself, refused where something is there: perhaps the only copy of hours of work."""
+    if path.exists():
+        raise ConfigError(f"out: {str(path)!r} is there already; remove it, or give another file")
     return path
 
 
@@ -102,6 +110,10 @@ def _archs(spec: str, space: SearchSpace, constraints: dict[str, Any], seed: int
             raise ConfigError(f"archs: {spec!r}; expected random:N with N of at least 1")
         # A stream of its own: a search of this seed shifts on its own first draws.
         options = {"constraints": constraints, "seed": seed ^ 1 << 42}
+        most = FeasibleSampler(space, constraints).count
+        if most is not None and int(count) > most:
+            which = "satisfy the constraints" if constraints else f"{space.name} has"
+            raise ConfigError(f"archs: {spec!r}; expected at most random:{most}, all that {which}")
         drawn = Evolution(space, int(count), 1, mutation=0, crossover=0, **options)
         archs = drawn.ask()
         if len(archs) < int(count):
@@ -135,7 +147,8 @@ def _arch_lines(spec: str) -> list[tuple[int, str]]:
             lines = Path(spec).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(
-            f"archs: {spec!r} cannot be read: {error.strerror}; expected FILE, - or random:N"
+            f"archs: {spec!r} cannot be read: {error.strerror}; expected a file with an "
+            "architecture a line, - for standard input, or random:N"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"archs: {spec!r} is not text: {error}") from error
@@ -202,12 +215,16 @@ def _export(config: Config) -> int:
             raise ArchError(
                 f"arch: {config['arch']!r}; expected {meta['arch']!r}, the one retrained there"
             )
-        text, net = meta["arch"], supernet.subnet(np.zeros(space.num_blocks, np.uint8))
+        text = meta["arch"]
+        target = _unused(checked_path(config["out"], options.format, text))
+        net = supernet.subnet(np.zeros(space.num_blocks, np.uint8))
         facts = {name: meta.get(name) for name in ("class_names", "mean", "std")}
         facts |= {"weights": "retrained"}
     else:
         config.require("arch", "data")
         arch = chosen_arch(config, space)
+        text = space.format(arch)
+        target = _unused(checked_path(config["out"], options.format, text))
         data = load_data(config)
         supernet = place(config, load_weights(config, data))
         check_ema(options.batch_norm, supernet)
@@ -216,7 +233,6 @@ def _export(config: Config) -> int:
             calibration=data.calibration if options.batch_norm == "recalibrate" else None,
             statistics="ema" if options.batch_norm == "ema" else "running",
         )
-        text = space.format(arch)
         facts = {
             "class_names": None if data.class_names is None else list(data.class_names),
             "mean": list(data.mean),
@@ -228,15 +244,15 @@ def _export(config: Config) -> int:
     written = export(
         net,
         text,
-        config["out"],
+        target,
         format=options.format,
         input_shape=(space.in_channels, space.image_size, space.image_size),
         metadata={"space": space.name, "recipe": space.recipe, **facts},
     )
-    print(
-        f"{written.path}: {written.num_bytes:,} bytes, logits within {written.parity:.1g} of the "
-        "network's largest"
+    agree = (
+        f"logits within {written.parity:.1g} of the largest" if written.parity else "same logits"
     )
+    print(f"{written.path}: {written.num_bytes:,} bytes, read back: {agree}")
     return DONE
 
 
@@ -293,7 +309,7 @@ def _info(config: Config) -> int:
             )
     else:
         print(f"{'gpu':12} none usable by this torch")
-    print("\npopulation core (sampling, trie): C++, compiled")
+    print("\npopulation (sampling, mutation, crossover, the trie): compiled C++")
     _print_steps()
     _print_augmentation()
     _print_kernels()
@@ -303,14 +319,16 @@ def _info(config: Config) -> int:
 
 def _print_steps() -> None:
     """Print how a batch goes through a plan on each kind of device, and why."""
-    print("steps (a batch through a population, of described supernets):")
+    print("calls of the kernels below, as a batch goes through a population:")
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         try:
             wanted, why = wanted_steps(torch.device(kind))
         except ConfigError:  # said last
             wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
-        how = "CUDA graphs over static buffers" if kind == "cuda" else "static buffers, no graphs"
-        print(f"  {kind:14} {how if wanted == 'static' else wanted}: {why}")
+        graphs = "CUDA graphs over static buffers"
+        static = graphs if kind == "cuda" else "static buffers, no graphs"
+        how = {"static": static, "modules": "one after the other, from Python"}
+        print(f"  {kind:14} {how.get(wanted, wanted)}: {why}")
 
 
 def _print_augmentation() -> None:
@@ -339,15 +357,15 @@ def _print_kernels() -> None:
         cuda = backends.cuda_backend()
     except ConfigError:  # said last
         backend, level, runs, cuda = None, None, "nothing", "nothing"
-    print("population layer (scoring, calibration, training):")
+    print("kernels of candidate ops made of units (scoring, calibration, training):")
     for kernel in ("block forward", "block backward", "block infer"):
         print(f"  {kernel:14} {runs}")
-    print(f"  {'others':14} reference: other modules, and units without batch norm")
+    print(f"  {'others':14} PyTorch: ops that are modules, units without batch norm, classifiers")
     if torch.cuda.is_available():
         print(f"  {'on CUDA':14} {cuda}: the operators (fastshift.operators); modules otherwise")
-    print("implementations, of rows on a CPU:")
+    print("implementations of the kernels on a CPU; cpu is compiled C++, reference is PyTorch:")
     _print_choices(backends.backends(), backend, "FASTSHIFT_BACKEND")
-    print("instruction sets of cpu:")
+    print("instruction sets that cpu was compiled for:")
     _print_choices(cpu.instruction_sets(), level, "FASTSHIFT_CPU_ISA")
 
 

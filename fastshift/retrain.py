@@ -29,12 +29,15 @@ class RetrainOptions:
     Attributes:
         epochs: passes over the training part.
         batch_size: images a step.
-        lr: peak learning rate; None takes SPOS's 0.5 for 1,024 images in proportion to the batch.
-        momentum, weight_decay, nesterov: of SGD; the decay acts on matrices and kernels only.
+        lr: peak learning rate; by default that of SPOS, 0.5 for a batch of 1,024 images, in
+            proportion to the batch size.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD; acts on matrices and kernels only.
+        nesterov: use Nesterov's form of momentum.
         schedule: `cosine` or `linear` down to zero, or `constant`.
-        warmup_epochs: in which the rate rises linearly from zero.
+        warmup_epochs: epochs in which the rate rises linearly from zero.
         label_smoothing: of the cross-entropy.
-        clip_norm: largest norm of the whole gradient; None leaves it.
+        clip_norm: largest norm of the whole gradient; by default it is not clipped.
     """
 
     epochs: int = 100
@@ -53,6 +56,10 @@ class RetrainOptions:
             raise ConfigError(f"epochs: {self.epochs}; expected at least 1")
         if self.warmup_epochs < 0:
             raise ConfigError(f"warmup_epochs: {self.warmup_epochs}; expected at least 0")
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(
+                f"warmup_epochs: {self.warmup_epochs}; expected at most epochs, {self.epochs}"
+            )
         self.for_images(1)
 
     def for_images(self, num_images: int) -> PretrainOptions:

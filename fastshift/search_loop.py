@@ -69,12 +69,12 @@ class Search:
         self.evolution = Evolution(
             self.space,
             options.population,
-            options.parents,
+            options.num_parents,
             mutation=options.mutation,
             crossover=options.crossover,
             mutation_prob=options.mutation_prob,
             seen="generation" if options.moves else "run",
-            keep=max(options.population, options.parents, options.top_k),
+            keep=max(options.population, options.top_k),
             score_by=options.score_by,
             constraints=options.constraints,
             seed=seed,
@@ -324,7 +324,7 @@ class Search:
             "data": getattr(self.data, "describe", dict)(),
             "precision": self.evaluator.precision,
             "head_warmup_steps": self.warmup_steps,
-            "options": asdict(self.options),
+            "options": asdict(self.options) | {"parents": self.options.num_parents},
         }
         return json.loads(json.dumps(found))
 

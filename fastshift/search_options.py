@@ -18,13 +18,16 @@ class SearchOptions(ShiftOptions):
     Attributes:
         generations: generations after the random generation 0.
         population: architectures of a generation.
-        parents: the best ones, from which mutants and children come.
-        mutation, crossover: how many of each; None takes half the population.
-        mutation_prob: of each gene.
+        parents: the best ones, from which mutants and children come, at most `population`; by
+            default 10, or a whole population that is smaller.
+        mutation: mutants of a generation; by default half the population.
+        crossover: children of two parents in a generation; by default half the population.
+        mutation_prob: probability that a mutant's choice in a block is drawn anew.
         constraints: bounds by metric, as `space.parse_constraints` takes them.
-        batch_norm: statistics policy of scores; None takes `ema` for `immediate` and `recalibrate`
-            otherwise.
-        strategy: `shared` or `sequential` scoring.
+        batch_norm: statistics that scores are taken with: `recalibrate`, `batch`, `running` or
+            `ema`; by default `ema` for `immediate` and `recalibrate` otherwise.
+        strategy: `shared` computes what candidates have in common once, `sequential` scores one
+            after the other.
         score_by: `error` or `loss` decides; the other breaks ties.
         top_k: architectures scored again under the final weights.
         subtrie_size: candidates computed side by side; bounds memory.
@@ -32,7 +35,7 @@ class SearchOptions(ShiftOptions):
 
     generations: int = 20
     population: int = 50
-    parents: int = 10
+    parents: int | None = None
     mutation: int | None = None
     crossover: int | None = None
     mutation_prob: float = 0.1
@@ -45,11 +48,20 @@ class SearchOptions(ShiftOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("generations", 0), ("population", 1), ("parents", 1), ("top_k", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}: {getattr(self, name)}; expected at least {least}")
-        if self.subtrie_size < 1:
-            raise ConfigError(f"subtrie_size: {self.subtrie_size}; expected at least 1")
+        least = {"generations": 0, "population": 1, "parents": 1, "top_k": 1, "subtrie_size": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"{name}: {value}; expected at least {lowest}")
+        if self.num_parents > self.population:
+            raise ConfigError(
+                f"parents: {self.parents}; expected at most population, {self.population}"
+            )
+
+    @property
+    def num_parents(self) -> int:
+        """The number of parents, the default resolved."""
+        return min(10, self.population) if self.parents is None else self.parents
 
     @property
     def policy(self) -> str:
@@ -86,5 +98,5 @@ class SearchOptions(ShiftOptions):
             "strategy": self.strategy,
             "constraints": self.constraints,
             "population": self.population,
-            "parents": self.parents,
+            "parents": self.num_parents,
         }

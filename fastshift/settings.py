@@ -26,22 +26,27 @@ __all__ = [
 ]
 
 
+def _shown_as(metavar: str) -> Any:
+    """A field without a default value, and what stands for its value in the help."""
+    return field(default=None, metadata={"metavar": metavar})
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Where a run goes.
 
     Attributes:
-        out: run directory.
-        seed: of every random choice.
+        out: run directory; made where it is missing.
+        seed: what every random choice follows from.
         config: YAML file with options; those of the command line win.
         resume: go on where the run in `--out` stopped; start it where there is none.
         quiet: show no progress.
-        checkpoint_seconds: wall time between checkpoints within a stage.
+        checkpoint_seconds: seconds between checkpoints within a stage.
     """
 
-    out: str | None = None
+    out: str | None = _shown_as("DIR")
     seed: int = 0
-    config: str | None = None
+    config: str | None = _shown_as("FILE")
     resume: bool = False
     quiet: bool = False
     checkpoint_seconds: float = 120.0
@@ -56,15 +61,15 @@ class OutputOptions:
     """Where a result goes.
 
     Attributes:
-        out: file to write.
-        seed: of every random choice.
+        out: file to write; one that is there already is refused.
+        seed: what every random choice follows from.
         config: YAML file with options; those of the command line win.
         quiet: show no progress.
     """
 
-    out: str | None = None
+    out: str | None = _shown_as("FILE")
     seed: int = 0
-    config: str | None = None
+    config: str | None = _shown_as("FILE")
     quiet: bool = False
 
     __post_init__ = RunOptions.__post_init__
@@ -75,7 +80,7 @@ class QuietOptions:
     """What is said beside the answer.
 
     Attributes:
-        quiet: show no progress; of these verbs none has any, so it changes nothing.
+        quiet: changes nothing: this verb shows no progress.
     """
 
     quiet: bool = False
@@ -87,9 +92,9 @@ class PlaceOptions:
 
     Attributes:
         device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
-        precision: `fp32`, or `bf16` by autocast.
-        layout: `nchw`, `channels_last`, or `auto`, which is channels last: on a CPU 1.1 to 2 times
-            as fast for each of the ready-made spaces, shuffle units included.
+        precision: `fp32`, or `bf16` as in autocast.
+        layout: order of the weights in memory: `nchw`, `channels_last`, or `auto`, which is
+            channels last: on a CPU 1.1 to 2 times as fast for each of the ready-made spaces.
     """
 
     device: str = "auto"
@@ -111,8 +116,8 @@ class SpaceOptions:
         space_options: further arguments of the space, such as `width=0.5`, separated by commas.
     """
 
-    space: str | None = None
-    space_options: str | None = None
+    space: str | None = _shown_as("NAME")
+    space_options: str | None = _shown_as("NAME=VALUE,...")
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class SupernetOptions:
         supernet: run directory of `pretrain`, `search` or `transfer`, or a file in its format.
     """
 
-    supernet: str | None = None
+    supernet: str | None = _shown_as("DIR")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class DataOptions:
         data: `digits`, `cifar10:DIR`, `cifar100:DIR`, `npz:FILE`, `folder:DIR` or `dali:DIR`.
     """
 
-    data: str | None = None
+    data: str | None = _shown_as("SPEC")
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class ConstraintOptions:
 
     Attributes:
         flops: multiply-adds of an image: `330M` at most, `60%` of the largest, or `290M:330M`.
-        params: parameters, likewise.
+        params: number of parameters: `2M`, `60%` or `1M:2M`, as for `--flops`.
     """
 
     flops: Any = None
@@ -181,7 +186,7 @@ class ArchOptions:
         arch: its string of choices, or `best`: the winner of the run that `--supernet` names.
     """
 
-    arch: str | None = None
+    arch: str | None = _shown_as("ARCH")
 
 
 @dataclass(frozen=True)
@@ -191,12 +196,14 @@ class EvaluateOptions:
     Attributes:
         archs: a file with an architecture a line or a CSV with a column `arch`, `-` for standard
             input, or `random:N` distinct feasible ones.
-        batch_norm: `recalibrate`, `batch`, `running` or `ema`.
-        strategy: `shared` or `sequential`.
+        batch_norm: statistics that scores are taken with: `recalibrate`, `batch`, `running` or
+            `ema`.
+        strategy: `shared` computes what candidates have in common once, `sequential` scores one
+            after the other.
         subtrie_size: candidates computed side by side; bounds memory.
     """
 
-    archs: str | None = None
+    archs: str | None = _shown_as("FILE|-|random:N")
     batch_norm: str = "recalibrate"
     strategy: str = "shared"
     subtrie_size: int = 8
@@ -213,19 +220,21 @@ class RankOptions:
     Attributes:
         scores: CSV that `fastshift evaluate` wrote.
         truth: true accuracies: NAS-Bench-Macro's JSON, or CSV with `arch` and a column a run.
-        score_by: `error` or `loss`.
-        top_k: size of the sub-space of the best, for the local tau.
+        score_by: order architectures by `error` or by `loss`.
+        top_k: how many of the truly best the local tau is of.
         independent_run: the truth's run, from 0, that chooses the sub-space; the others judge.
     """
 
     scores: str | None = field(default=None, metadata={"positional": True})
-    truth: str | None = None
+    truth: str | None = _shown_as("FILE")
     score_by: str = "error"
     top_k: int = 500
     independent_run: int | None = field(default=None, metadata={"bare": "0"})
 
     def __post_init__(self) -> None:
         _one_of("score_by", self.score_by, ("error", "loss"))
+        if self.top_k < 2:
+            raise ConfigError(f"top_k: {self.top_k}; expected at least 2")
 
 
 @dataclass(frozen=True)
@@ -262,9 +271,9 @@ class ListOptions:
 
     Attributes:
         name: one space, or `FILE.py:FUNCTION`, block by block; all by default.
-        image_size: of the images; the published size by default.
-        num_classes: likewise.
-        in_channels: likewise.
+        image_size: side of the images, in pixels; the published size by default.
+        num_classes: classes; the published number by default.
+        in_channels: channels of an image, 1 or 3; the published number by default.
     """
 
     name: str | None = field(default=None, metadata={"positional": True, "optional": True})

@@ -32,18 +32,19 @@ class ShiftOptions:
             control: the same updates on as many uniform feasible paths; `none`: SPOS.
         shift_steps: updates of each shift, each on a fresh mini-batch.
         shift_batch_size: images of such a mini-batch.
-        shift_lr: learning rate; None takes 1e-4 for `sum`, and that times the candidates of an
-            update for `mean`.
-        shift_momentum, shift_weight_decay: of SGD; the decay acts on matrices and kernels only.
+        shift_lr: learning rate; by default 1e-4 with `--reduction sum`, and that times the
+            candidates of an update with `mean`.
+        shift_momentum: momentum of SGD.
+        shift_weight_decay: weight decay of SGD; acts on matrices and kernels only.
         shift_label_smoothing: of the cross-entropy.
-        shift_clip_norm: largest norm of the whole gradient; None leaves it.
+        shift_clip_norm: largest norm of the whole gradient; by default it is not clipped.
         reduction: `sum` (the paper) or `mean` of the candidates' losses.
-        score: `before` or `after` the shift; None takes `before` for `accumulate` and `uniform`,
+        score: `before` or `after` the shift; by default `before` for `accumulate` and `uniform`,
             and `after`, the only possibility, for `immediate` and `every:G`.
         drift: let unsampled parameters drift by momentum and decay as torch 1 did; for comparison
             only.
         head_lr_multiplier: learning rate of the head over that of the trunk.
-        head_warmup_steps: steps that train the head alone before the first generation; None takes
+        head_warmup_steps: steps that train the head alone before the first generation; by default
             200 in a transfer by `accumulate`, `every:G` or `uniform`, and 0 otherwise.
         head_warmup_lr: learning rate of those steps.
         frozen_trunk_generations: generations, from the first, that shift only the head.

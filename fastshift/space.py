@@ -141,6 +141,22 @@ class SearchSpace(CostTables):
         self.identities = self._padded("identities", identities).astype(np.bool_)
         self.identities.flags.writeable = False
 
+    @property
+    def pixel_blocks(self) -> list[int]:
+        """The choice blocks that take maps of one pixel, by number; none of a space of modules.
+
+        Of a kernel only one weight falls into such a map, whatever its size, so choices that differ
+        in that size alone are the same there.
+        """
+        found, size = [], self.image_size
+        if self.blocks:
+            size = chain_output_size(self.stem, size)
+        for index, block in enumerate(self.blocks):
+            if size == 1:
+                found.append(index)
+            size = block[0].output_size(size)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return the description as JSON-able values, which `from_dict` reads."""
         description = {

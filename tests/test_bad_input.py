@@ -125,6 +125,8 @@ def test_an_incomplete_or_unknown_command_is_refused(refused, argv, says):
         ("--generations=1.5", "generations: '1.5'"),
         ("--generations=-1", "generations: -1; expected at least 0"),
         ("--population=0", "population: 0; expected at least 1"),
+        ("--population=3 --parents=4", "parents: 4; expected at most population, 3"),
+        ("--parents=0", "parents: 0; expected at least 1"),
         ("--seed=-1", "seed"),
         ("--seed=x", "seed: 'x'; expected a whole number"),
         ("--pretrain-steps=0", "pretrain_steps: 0; expected at least 1"),
@@ -148,8 +150,11 @@ def test_an_incomplete_or_unknown_command_is_refused(refused, argv, says):
         ("--classes=a,b", "classes: 'a,b'; expected whole numbers"),
         ("--space-options=width", "space_options: 'width'; expected NAME=VALUE"),
         ("--space-options=depth=3", "depth"),
+        ("--pretrain-warmup-steps=3", "pretrain_warmup_steps: 3; expected at most steps, 2"),
         ("--retrain-check=-1", "retrain_check: -1"),
+        ("--retrain-check=16", "retrain_check: 16; expected at most 15, the feasible"),
         ("--retrain-epochs=0", "retrain_epochs: 0"),
+        ("--retrain-warmup-epochs=21", "retrain_warmup_epochs: 21; expected at most epochs, 20"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name_before_anything_is_written(
@@ -346,9 +351,23 @@ def test_an_architecture_of_wrong_length_or_choice_is_refused_with_its_line(
     refused(*argv, says=says)
 
 
-@pytest.mark.parametrize("spec", ["random:0", "random:x", "random:17", "nowhere.txt"])
+@pytest.mark.parametrize("spec", ["random:0", "random:x", "random:17", "nowhere.txt", "0101"])
 def test_architectures_that_cannot_be_had_are_refused(refused, supernet, spec):
     refused("evaluate", f"--supernet={supernet}", *IMAGES, f"--archs={spec}", says=spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "expected at most random:16, all that tiny has"),
+        (["--flops=60%"], "expected at most random:11, all that satisfy the constraints"),
+    ],
+)
+def test_more_random_architectures_than_there_are_are_refused_with_their_number(
+    refused, supernet, options, says
+):
+    argv = ["evaluate", f"--supernet={supernet}", *IMAGES, "--archs=random:1000000", *options]
+    refused(*argv, says=["'random:1000000'", says])
 
 
 @pytest.mark.parametrize("verb", ["export", "retrain"])
@@ -555,7 +574,7 @@ def test_ranking_refuses_tables_that_do_not_fit(refused, tmp_path):
     truth.write_text("arch,acc\n00,90\n01,91\n")
     refused(*argv, "--score-by=loss", says="score_by is 'loss'")
     refused(*argv, "--independent-run", says="independent_run is 0")
-    refused(*argv, "--top-k=1", says="local_k")
+    refused(*argv, "--top-k=1", says="top_k: 1; expected at least 2")
 
 
 def test_a_report_of_what_is_no_run_is_refused(refused, tmp_path):
@@ -575,12 +594,27 @@ def test_scores_that_could_not_be_written_are_not_even_computed(refused, superne
     refused(*argv, says="scores.csv")
 
 
+def test_a_file_that_is_there_is_never_overwritten(refused, supernet, tmp_path):
+    out = tmp_path / "scores.csv"
+    out.write_text("mine")
+    argv = ["evaluate", f"--supernet={supernet}", *IMAGES, "--archs=random:2"]
+    refused(*argv, f"--out={out}", says=["scores.csv' is there already", "remove it, or give"])
+    for name in ("scores.csv", "truth.csv"):
+        (tmp_path / name).write_text("arch,error\n0101,0.5\n0102,0.6\n1111,0.7\n")
+    argv = ["rank", out, "--truth", tmp_path / "truth.csv", "--top-k=2"]
+    refused(*argv, "--out", tmp_path / "truth.csv", says="truth.csv' is there already")
+    (tmp_path / "0101.safetensors").write_text("mine")
+    common = ["export", f"--supernet={supernet}", "--arch=0101", *IMAGES, "--format=safetensors"]
+    for place in (tmp_path, tmp_path / "0101.safetensors"):
+        refused(*common, f"--out={place}", says="0101.safetensors' is there already")
+    assert (tmp_path / "0101.safetensors").read_text() == "mine"
+
+
 # Scoring images
 
 
 @pytest.mark.parametrize("split", ["--split-seed=1", "--validation-size=30", "--limit=90"])
 def test_a_supernet_is_not_scored_on_images_it_was_trained_on(supernet, refused, split):
     images = [word for word in IMAGES if not word.startswith(split.split("=")[0])]
-    refused(
-        "evaluate", f"--supernet={supernet}", *images, split, "--archs=random:2", says="split with"
-    )
+    says = ["split with", "give the same --limit, --classes, --validation-size and --split-seed"]
+    refused("evaluate", f"--supernet={supernet}", *images, split, "--archs=random:2", says=says)

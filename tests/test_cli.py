@@ -191,6 +191,51 @@ def test_progress_goes_to_standard_error_and_quiet_silences_it(space, tmp_path, 
     assert shown.out.startswith(f"{tmp_path / 'a'}/supernet.safetensors: 1 steps")
 
 
+def test_options_that_decide_nothing_in_a_search_are_named(supernet, tmp_path, capsys):
+    argv = ["search", f"--supernet={supernet}", *IMAGES, *SEARCH, "--no-report"]
+    more = ["--shift=none", "--pretrain-steps=7"]
+    assert main([*argv, *more, f"--out={tmp_path / 'none'}"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "fastshift: not used, since with --shift none no weights move: "
+        "--shift-steps, --shift-batch-size",
+        "fastshift: not used, since the weights come from --supernet: --pretrain-steps",
+    ]
+    assert main([*argv, f"--out={tmp_path / 'accumulate'}"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_finished_run_says_that_it_is_one_unless_it_should_be_quiet(supernet, space, capsys):
+    argv = ["pretrain", space, *IMAGES, f"--out={supernet}", "--steps=3", "--batch-size=8"]
+    weights = (supernet / "supernet.safetensors").read_bytes()
+    shown = []
+    for more in ([], ["--no-quiet"]):
+        assert main([*argv, "--resume", *more]) == 0
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out
+    assert shown[0].out.startswith(f"{supernet}/supernet.safetensors: 3 steps")
+    assert shown[0].err == ""
+    assert shown[1].err == f"fastshift: {supernet}: finished before; remove it to start anew\n"
+    assert (supernet / "supernet.safetensors").read_bytes() == weights
+
+
+def test_blocks_that_see_one_pixel_are_named_before_a_run(tmp_path, capsys):
+    wide = ["--space=nasbench_macro", "--space-options=width=0.25"]
+    argv = ["pretrain", *wide, *IMAGES, "--steps=1", "--batch-size=4"]
+    assert main([*argv, f"--out={tmp_path / 'small'}"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "nasbench_macro with images of 8 px: 2 of its 8 blocks see maps of one pixel" in said
+    assert main([*argv, "--image-size=16", f"--out={tmp_path / 'larger'}"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_population_smaller_than_ten_is_all_parents_by_default(supernet, tmp_path):
+    argv = ["search", f"--supernet={supernet}", *IMAGES, f"--out={tmp_path / 'run'}"]
+    few = [word for word in SEARCH if not word.startswith("--parents")]
+    assert main([*argv, *few, "--no-report"]) == 0
+    assert result_of(tmp_path / "run")["shift"]["parents"] == 4
+
+
 def test_a_run_that_goes_on_elsewhere_says_what_is_different(space, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["pretrain", space, *IMAGES, f"--out={out}", "--steps=1", "--batch-size=8"]
@@ -427,6 +472,8 @@ def test_info_says_which_implementation_runs_and_why_others_do_not(capsys, monke
     best = cpu.instruction_set()
     for kernel in ("block forward ", "block backward", "block infer   "):
         assert f"  {kernel} cpu, {best}\n" in shown
+    assert "on a CPU; cpu is compiled C++, reference is PyTorch:\n" in shown
+    assert "  others         PyTorch: ops that are modules" in shown
     assert "  cpu        runs\n" in shown
     assert "  reference  does not run: FASTSHIFT_BACKEND=reference would choose it\n" in shown
     assert f"  triton     does not run: {backends.backends()['triton']}\n" in shown
@@ -449,7 +496,8 @@ def test_info_follows_the_environment(capsys, monkeypatch):
 
 
 def test_info_says_how_a_batch_goes_through_a_population(capsys, monkeypatch):
-    assert "  cpu            modules: graphs need a CUDA device\n" in _info(capsys, monkeypatch).out
+    shown = _info(capsys, monkeypatch).out
+    assert "  cpu            one after the other, from Python: graphs need a CUDA device\n" in shown
     shown = _info(capsys, monkeypatch, FASTSHIFT_STEPS="static").out
     assert "  cpu            static buffers, no graphs: FASTSHIFT_STEPS=static\n" in shown
     shown = _info(capsys, monkeypatch, code=2, FASTSHIFT_STEPS="graphs")
@@ -489,6 +537,25 @@ def test_help_names_every_verb_and_every_option(capsys):
     for section in VERBS["search"]:
         for option in section.options():
             assert option.flag in shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_speaks_of_defaults_as_a_user_would(verb):
+    for section in VERBS[verb]:
+        for option in section.options():
+            assert option.help, option.flag
+            words = set(re.findall(r"[A-Za-z_]+", option.help))
+            assert not words & {"None", "True", "False", "tuple", "dict", "bool"}, option.flag
+
+
+def test_help_names_what_stands_for_a_value_and_what_is_on_by_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("--out DIR", "--seed N ", "--config FILE", "--data SPEC", "--classes N,N,..."):
+        assert words in shown
+    assert "write report.html, where matplotlib is installed. (default: yes)" in shown
+    assert "(default: None)" not in shown
 
 
 @pytest.mark.parametrize(

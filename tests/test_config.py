@@ -47,8 +47,8 @@ def test_the_defaults_are_those_of_the_library():
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults():
-    config = resolve("search", {"seed": "3"}, {"seed": "2", "population": "20"})
-    assert (config["seed"], config["population"], config["parents"]) == (3, 20, 10)
+    config = resolve("search", {"seed": "3"}, {"seed": "2", "population": "30"})
+    assert (config["seed"], config["population"], config["generations"]) == (3, 30, 20)
 
 
 def test_a_prefixed_option_reaches_its_field():

@@ -126,7 +126,7 @@ def test_scalars_without_tensorboard_or_directory_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_line_says_what_is_left_at_the_pace_of_this_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_says_what_is_left_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("fastshift.progress.time.perf_counter", lambda: now[0])
     stream = io.StringIO()
@@ -136,9 +136,9 @@ def test_a_line_says_what_is_left_at_the_pace_of_this_part(monkeypatch: pytest.M
             progress.advance(done)
     assert stream.getvalue().splitlines() == [
         "search 41/100",
-        "search 45/100  about 2 min left",
-        "search 50/100  about 110 s left",
-        "search 70/100  about 5 min left",
+        "search 45/100  about 2 min left of search",
+        "search 50/100  about 110 s left of search",
+        "search 70/100  about 5 min left of search",
         "search 99/100",
     ]
 

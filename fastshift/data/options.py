@@ -49,23 +49,24 @@ class Options:
         split_seed: fixes what is held out. It does not follow `seed`: a supernet that was trained
             with one seed and is searched with another must not meet its scoring images before.
         validation_size: images held out of the training set for scoring, a count or a fraction
-            below 1; if None a tenth, at most 5,000, and of small sets up to a quarter.
-        calibration_batches: number of calibration batches; if None 8, or as many as there are.
-        calibration_batch_size: images in one, at least 2; if None 128, or the whole of a smaller
+            below 1; by default a tenth, at most 5,000, and of small sets up to a quarter.
+        calibration_batches: number of batches that batch norms are calibrated on; by default 8, or
+            as many as there are.
+        calibration_batch_size: images in one, at least 2; by default 128, or the whole of a smaller
             part.
         validation_batch_size: images in a batch of the scoring and the test set.
-        image_size: side to bring the images to, in pixels; as they are if None.
-        augment: whether training batches are augmented: a random crop of the image padded by an
-            eighth of its size, and a flip; `dali` crops a part of random area and aspect ratio
-            instead, and scales it.
-        flip: whether augmentation flips; if None it does, but not for `digits`.
+        image_size: side to bring the images to, in pixels; by default they stay as they are.
+        augment: augment training batches: a random crop of the image padded by an eighth of its
+            size, and a flip; `dali` crops a part of random area and aspect ratio instead, and
+            scales it.
+        flip: let augmentation flip; by default it does, but not for `digits`.
         classes: keep the images with these labels only, relabelled from 0 in this order.
         limit: keep this many training images only, stratified.
         max_memory_bytes: size up to which images from files are decoded once and held in memory.
         crop_area: of `dali` alone: smallest share of an image's area that a random crop takes,
-            above 0, at most 1; if None 0.08.
+            above 0, at most 1; by default 0.08.
         color_jitter: of `dali` alone: how far augmentation moves brightness, contrast and
-            saturation, each by a factor drawn from 1 - color_jitter to 1 + color_jitter.
+            saturation: by 0.4, each is multiplied by a factor drawn from 0.6 to 1.4.
         device: of `dali`: what decodes and holds the batches, `cpu`, `cuda`, `cuda:N`, or `auto`, a
             GPU where there is one. Of images in memory: a GPU that is named holds a training part
             of up to 1 GiB, and augments it.
