@@ -21,6 +21,7 @@ from fastshift.backends import backend
 from fastshift.channel_moments import summed_in_chunks
 from fastshift.cpu import block_of
 from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
+from fastshift.levels import KnownOps, LevelSums
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
 from fastshift.tracing import Pair, conv_norm_pairs, unfold
@@ -41,9 +42,14 @@ class BatchNorms:
 
     Args:
         supernet: its stem, candidate ops and head are the owners.
+        is_settled: nothing of it changes while this is in use, so that each op is looked at once.
+
+    Attributes:
+        known_ops: found so far, of a settled supernet.
     """
 
-    def __init__(self, supernet: ChainSupernet) -> None:
+    def __init__(self, supernet: ChainSupernet, *, is_settled: bool = False) -> None:
+        self.known_ops: KnownOps | None = {} if is_settled else None
         self._prefixes = {supernet.stem: "stem", supernet.head: "head"}
         for level, block in enumerate(supernet.blocks):
             self._prefixes.update((op, f"blocks.{level}.{i}") for i, op in enumerate(block))
@@ -163,23 +169,39 @@ def _is_reference() -> bool:
 
 
 class MomentSums:
-    """Running sums of one node's moments over the calibration batches, in float64."""
+    """Running sums of one node's moments over the calibration batches, in float64.
+
+    Attributes:
+        count: batches so far.
+        shared: sums of the node's level and its index in them, as long as these hold its own.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.sums: list[Sequence[Tensor]] = []  # of one batch: its own moments as they were given
+        self.shared: tuple[LevelSums, int] | None = None
+        self._count = 0
+        self._sums: list[Sequence[Tensor]] = []
+
+    @property
+    def count(self) -> int:
+        return self._count if self.shared is None else self.shared[0].count
+
+    @property
+    def sums(self) -> list[Sequence[Tensor]]:
+        """Of mean and variance of each batch norm; of one batch its own, as they were given."""
+        return self._sums if self.shared is None else self.shared[0].node(self.shared[1])
 
     def add(self, moments: Sequence[Moments]) -> None:
         """Add the moments of one batch, which nothing may write to afterwards."""
-        if self.count == 0:
-            self.sums = list(moments)
+        if self.shared is not None:
+            self._sums, self._count, self.shared = self.sums, self.count, None
+        if self._count == 0:
+            self._sums = list(moments)
         else:
-            if self.count == 1:
-                self.sums = [[mean.double(), var.double()] for mean, var in self.sums]
-            for total, (mean, var) in zip(self.sums, moments, strict=True):
-                total[0] += mean
-                total[1] += var
-        self.count += 1
+            self._sums = [
+                (total_mean.double() + mean, total_var.double() + var)
+                for (total_mean, total_var), (mean, var) in zip(self._sums, moments, strict=True)
+            ]
+        self._count += 1
 
     def mean(self, like: Iterable[tuple[str, _BatchNorm]]) -> list[Moments]:
         """Averages over the batches, in the dtype of the batch norms they are for."""

@@ -226,7 +226,7 @@ class Evaluator:
         return found[2]
 
     def _by_modules(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, int, int]:
-        supernet, norms = self.supernet, BatchNorms(self.supernet)
+        supernet, norms = self.supernet, BatchNorms(self.supernet, is_settled=True)
         statistics = None
         images = calibrated = 0
         wrong, losses = None, None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,17 @@ from fastshift.population_layer import (
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Segment
 
-__all__ = ["Level", "LevelMoments", "Rows", "Visit", "last_rows", "level_of", "walk"]
+__all__ = [
+    "KnownOps",
+    "Level",
+    "LevelMoments",
+    "LevelSums",
+    "Rows",
+    "Visit",
+    "last_rows",
+    "level_of",
+    "walk",
+]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -77,21 +88,20 @@ def _entering(rows: Rows) -> Tensor:
 class LevelMoments:
     """What the batch norms of a level's nodes met.
 
-    Args:
+    Attributes:
         layer: of the level.
         choice: of each node.
         statistics: of each node, as `layer_train` gives them.
     """
 
     def __init__(self, layer: PopulationLayer, choice: Sequence[int], statistics: Tensor) -> None:
-        self._parts = _parts(layer)
-        self._choice = choice
-        self._statistics = statistics
+        self.layer, self.choice, self.statistics = layer, choice, statistics
 
     def packed(self) -> list[tuple[Tensor, list[int]]]:
         """Of each node as `MovingAverages.add_packed` takes them."""
-        parts = [self._parts[choice] for choice in self._choice]
-        rows = zip(self._statistics.unbind(), parts, strict=True)
+        known = _parts(self.layer)
+        parts = [known[choice] for choice in self.choice]
+        rows = zip(self.statistics.unbind(), parts, strict=True)
         return [(row[: sum(own)], own) for row, own in rows]
 
     def each(self) -> list[list[Moments]]:
@@ -99,11 +109,49 @@ class LevelMoments:
 
         None for an identity.
         """
-        found = []
-        for row, own in self.packed():
-            parts = row.split(own)
-            found.append(list(zip(parts[::3], parts[1::3], strict=True)))
-        return found
+        return [_pairs(row, own) for row, own in self.packed()]
+
+    def has(self, index: int) -> bool:
+        """Whether a node has batch norms: all but identities have."""
+        return self.layer.ops[self.choice[index]] is not None
+
+    def is_like(self, layer: PopulationLayer, choice: Sequence[int]) -> bool:
+        """Whether these are of such nodes."""
+        return self.layer is layer and list(self.choice) == list(choice)
+
+
+class LevelSums:
+    """Sums of a level's moments over calibration batches, in float64 from the second on.
+
+    Args:
+        moments: of the first batch; nothing may write to them afterwards.
+    """
+
+    def __init__(self, moments: LevelMoments) -> None:
+        self.first = moments
+        self.count = 1
+        self._total = moments.statistics
+
+    def add(self, moments: LevelMoments) -> bool:
+        """Add those of another batch, if they are of nodes alike."""
+        if not moments.is_like(self.first.layer, self.first.choice):
+            return False
+        self._total = self._total.double() + moments.statistics
+        self.count += 1
+        return True
+
+    def node(self, index: int) -> list[Moments]:
+        """The sums of one node."""
+        parts = _parts(self.first.layer)[self.first.choice[index]]
+        return _pairs(self._total[index, : sum(parts)], parts)
+
+    def mean(self) -> Tensor:
+        """Averages `[M, moments_floats]`, as `Level.infer` takes them."""
+        layer, choice = self.first.layer, tuple(self.first.choice)
+        index, beyond = _places(layer, choice)
+        found = self._total.gather(1, index)
+        found = (found if self.count == 1 else found / self.count).float()
+        return found if beyond is None else found.masked_fill(beyond, 0.0)
 
 
 class Level:
@@ -163,6 +211,10 @@ class Level:
                 parts.append(torch.zeros(missing, dtype=torch.float32, device="cpu"))
         return torch.cat(parts).float().view(-1, width)
 
+    def is_like(self, moments: LevelMoments) -> bool:
+        """Whether moments are of nodes such as these."""
+        return moments.is_like(self._layer, self._choice)
+
     def infer(self, rows: Rows, parent: Sequence[int], moments: Tensor) -> Rows:
         """Apply the nodes' ops with batch norms that normalise by given statistics.
 
@@ -175,6 +227,29 @@ class Level:
         return Rows(
             packed=layer_infer(_entering(rows), *nodes, self._parameters, moments, self._text)
         )
+
+
+def _pairs(row: Tensor, parts: Sequence[int]) -> list[Moments]:
+    """Mean and variance of each unit from a node's statistics."""
+    split = row.split(parts)
+    return list(zip(split[::3], split[1::3], strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _places(layer: PopulationLayer, choice: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Where in each node's statistics `infer`'s moments stand, and which of these it lacks."""
+    index = np.full((len(choice), layer.moments_floats), -1)
+    for row, own in zip(index, choice, strict=True):
+        start = end = 0
+        for position, size in enumerate(_parts(layer)[own]):
+            if position % 3 < 2:
+                row[end : end + size] = range(start, start + size)
+                end += size
+            start += size
+    # Inference tensors that were kept could not be used outside of that mode.
+    with torch.inference_mode(False):
+        beyond = torch.from_numpy(index < 0) if (index < 0).any() else None
+        return torch.from_numpy(index.clip(0)), beyond
 
 
 @cache
@@ -200,8 +275,16 @@ def _indices(values: tuple[int, ...]) -> Tensor:
 _TEXTS: WeakKeyDictionary[CpuBlock, tuple[tuple, str]] = WeakKeyDictionary()
 
 
+# Of ops that were looked at: what the kernels compute for them, and their parameters.
+KnownOps = dict[nn.Module, tuple[str, list[Tensor | None]]]
+
+
 def level_of(
-    ops: nn.ModuleList, identities: Sequence[bool], choice: Sequence[int], sample: Tensor
+    ops: nn.ModuleList,
+    identities: Sequence[bool],
+    choice: Sequence[int],
+    sample: Tensor,
+    known: KnownOps | None = None,
 ) -> Level | None:
     """The nodes of a level for the operators, or None where an op of theirs has no kernel.
 
@@ -210,7 +293,9 @@ def level_of(
         identities: which choices are identities.
         choice: candidate op of each node.
         sample: a row of the level above.
+        known: ops that have kernels for rows such as `sample` and have not changed since; added to.
     """
+    known = {} if known is None else known
     used = sorted(set(choice))
     modules = {index: None if identities[index] else ops[index] for index in used}
     parameters: list[Tensor | None] = []
@@ -219,12 +304,15 @@ def level_of(
         if module is None:
             texts.append(describe_op(None))
             continue
-        block = block_of(module, sample)
-        if not isinstance(block, CpuBlock):
-            return None
-        own = block.parameters()
-        texts.append(_text_of(block, own))
-        parameters += own
+        found = known.get(module)
+        if found is None:
+            block = block_of(module, sample)
+            if not isinstance(block, CpuBlock):
+                return None
+            own = block.parameters()
+            found = known[module] = _text_of(block, own), own
+        texts.append(found[0])
+        parameters += found[1]
     number = {index: position for position, index in enumerate(used)}
     chosen = [number[index] for index in choice]
     nodes = [modules[index] for index in choice]
@@ -266,12 +354,14 @@ class Visit:
             have a compiled kernel.
         leaf: `(leaf, row)`, of a candidate's last row.
         trains: whether the moments of the batch are taken.
+        known: `level_of`'s, where the supernet does not change between steps.
     """
 
     node: Callable[[int, int, nn.Module, Tensor], Tensor]
     level: Callable[[int, int, Level, Rows, Sequence[int]], Rows]
     leaf: Callable[[int, Tensor], None] | None = None
     trains: bool = True
+    known: KnownOps | None = None
 
 
 def walk(supernet: ChainSupernet, segment: Segment, row: Tensor, visit: Visit) -> None:
@@ -299,7 +389,7 @@ def last_rows(supernet: ChainSupernet, segment: Segment, row: Tensor, visit: Vis
             if list(parent) != list(range(len(rows))):
                 rows = Rows([rows.each[source] for source in parent])
             continue
-        nodes = level_of(ops, identities, choice, rows.sample) if whole else None
+        nodes = level_of(ops, identities, choice, rows.sample, visit.known) if whole else None
         if nodes is not None:
             rows = visit.level(level, first, nodes, rows, parent)
             continue

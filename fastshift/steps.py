@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastshift.batch_norm import BatchNorms, Moments, MomentSums, MovingAverages
 from fastshift.errors import SpaceError
 from fastshift.layers import apply_module
-from fastshift.levels import Level, Rows, Visit, last_rows, walk
+from fastshift.levels import Level, LevelMoments, LevelSums, Rows, Visit, last_rows, walk
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan, Segment
 
@@ -62,12 +62,40 @@ class Statistics:
             found = self._means[id(sums)] = sums.mean(norms.of(owner))
         return found
 
+    def add_level(self, level: int, first: int, moments: LevelMoments) -> None:
+        """Add the moments of a segment's nodes of a level, from its first on, of one batch."""
+        own = self.nodes[level][first : first + len(moments.choice)]
+        if all(sums.count == 0 for sums in own):
+            shared = LevelSums(moments)
+            for index, sums in enumerate(own):
+                sums.shared = (shared, index) if moments.has(index) else None
+            return
+        shared = _shared(own)
+        if shared is None or not shared.add(moments):
+            for sums, found in zip(own, moments.each(), strict=True):
+                if found:
+                    sums.add(found)
+
+    def level_mean(self, level: int, first: int, nodes: Level) -> Tensor | None:
+        """`Level.infer`'s moments of a segment's nodes, where one tensor holds their sums."""
+        shared = _shared(self.nodes[level][first : first + len(nodes.ops)])
+        return shared.mean() if shared is not None and nodes.is_like(shared.first) else None
+
     def of_level(self, level: int, first: int, make: Callable[[], Tensor]) -> Tensor:
         """The averages of a segment's nodes of a level, from its first on, put together once."""
         found = self._levels.get((level, first))
         if found is None:
             found = self._levels[level, first] = make()
         return found
+
+
+def _shared(own: Sequence[MomentSums]) -> LevelSums | None:
+    """What holds the sums of just these nodes, in this order."""
+    found = next((sums.shared[0] for sums in own if sums.shared is not None), None)
+    if found is None or len(found.first.choice) != len(own):
+        return None
+    expected = [(found, i) if found.first.has(i) else None for i in range(len(own))]
+    return found if [sums.shared for sums in own] == expected else None
 
 
 def _collect(norms: BatchNorms, owner: nn.Module, x: Tensor) -> tuple[Tensor, list[Moments]]:
@@ -103,9 +131,7 @@ def calibrate_step(
 
     def whole(level: int, first: int, nodes: Level, rows: Rows, parent: Sequence[int]) -> Rows:
         out, moments = nodes.train(rows, parent)
-        for index, found in enumerate(moments.each(), first):
-            if found:
-                statistics.nodes[level][index].add(found)
+        statistics.add_level(level, first, moments)
         return out
 
     def leaf(index: int, x: Tensor) -> None:
@@ -115,7 +141,7 @@ def calibrate_step(
     x, moments = _collect(norms, supernet.stem, images)
     statistics.stem.add(moments)
     for root in plan.roots:
-        walk(supernet, root, x, Visit(node, whole, leaf))
+        walk(supernet, root, x, Visit(node, whole, leaf, known=norms.known_ops))
 
 
 @torch.no_grad()
@@ -174,6 +200,10 @@ def eval_step(
             return nodes.train(rows, parent)[0]
 
         def moments() -> Tensor:
+            if policy == "recalibrate":
+                found = statistics.level_mean(level, first, nodes)
+                if found is not None:
+                    return found
             sums = statistics.nodes[level][first:] if statistics else [None] * len(parent)
             return nodes.moments(
                 moments_of(op, own) if op is not None else []
@@ -195,7 +225,7 @@ def eval_step(
 
     sums = statistics.stem if statistics else None
     x = apply_module(supernet.stem, images, lambda batch: apply(supernet.stem, batch, sums))
-    visit = Visit(node, whole, leaf, trains=policy == "batch")
+    visit = Visit(node, whole, leaf, trains=policy == "batch", known=norms.known_ops)
     for root in plan.roots:
         walk(supernet, root, x, visit)
     return wrong, losses

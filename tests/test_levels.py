@@ -55,6 +55,30 @@ def test_a_level_is_one_call(calls, batch):
     assert calls == [(name, count) for name in names for count in NODES]
 
 
+def _calibrated(net, plan, batches, labels):
+    """Losses after calibration on some batches."""
+    norms, statistics = BatchNorms(net), Statistics.empty(plan)
+    for images in batches:
+        calibrate_step(net, norms, plan, images, statistics)
+    _, losses = eval_step(net, norms, plan, batches[0], labels, "recalibrate", statistics)
+    return losses
+
+
+# One image goes node by node: the sums of a level's nodes in one tensor become each one's own.
+@pytest.mark.parametrize("sizes", [(10, 4), (10, 1), (10, 1, 4), (10, 4, 1, 3), (10, 3, 2)])
+def test_calibration_by_levels_and_by_nodes_adds_up_alike(sizes, batch, monkeypatch):
+    torch.manual_seed(0)
+    net = tiny_supernet().eval()
+    plan = Plan(net.space.as_archs(ARCHS))
+    images = [torch.randn(size, *batch[0].shape[1:]) + 1 for size in sizes]
+    exact = copy.deepcopy(net).double()
+    expected = _calibrated(exact, plan, [x.double() for x in images], batch[1])
+    found = _calibrated(net, plan, images, batch[1])
+    assert global_error([found], [expected]) < 1e-5
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "reference")
+    assert global_error([_calibrated(net, plan, images, batch[1])], [expected]) < 1e-5
+
+
 def _results(net, plan, images, labels, policy):
     """Losses, gradients and moving averages of a calibration, a score and a training step."""
     net = copy.deepcopy(net).to(images.dtype).eval()
