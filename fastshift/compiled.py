@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, set_grad_enabled
 from torch.nn import functional
 
 from fastshift.errors import SpaceError, UnsupportedError
@@ -33,7 +33,8 @@ class CompiledSupernet:
     Candidates are taken through `subtrie_size` at a time, those that share a prefix together; nodes
     are padded to a bucket (1, 2, 4, 8, 16, 24, ...), and each bucket and batch size is compiled
     once, at its first call. With `batch` the function is differentiable: gradients of the
-    parameters are what a training step wants, zeros where no candidate uses one.
+    parameters are what a training step wants, zeros where no candidate uses one. With `running` and
+    `ema` no logits carry a gradient.
 
     Args:
         supernet: of a described space; its weights are read where they are at each call.
@@ -99,14 +100,14 @@ class CompiledSupernet:
         levels = self._describe(tuple(images.shape[1:]))
         given = [list(level.parameters) for level in levels]
         moments, classifier = self._moments(levels), self.supernet.head.classifier
-        grad = torch.is_grad_enabled()
+        grad = torch.is_grad_enabled() and self.batch_norm == "batch"
         whole = Plan(rows, self.subtrie_size)
         found = []
         for first in range(0, whole.num_leaves, self.subtrie_size):
             part = whole.archs[first : first + self.subtrie_size]
             nodes = self.nodes(part)
             self.shapes.add((len(nodes[0][-1]), len(images), grad))
-            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), set_grad_enabled(grad):
                 logits = self._compiled(
                     images, *nodes, given, moments, classifier.weight, classifier.bias
                 )

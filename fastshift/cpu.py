@@ -77,9 +77,13 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
     found = _BLOCKS.get(op)
     if found is None or not found.made_of.is_still(op):
         made_of = MadeOf(op)
-        if not made_of.is_built_in():
+        if not made_of.is_built_in(op):
             return None
-        found = _BLOCKS[op] = (CpuHead if isinstance(op, HeadModule) else CpuBlock)(op, made_of)
+        try:
+            found = (CpuHead if isinstance(op, HeadModule) else CpuBlock)(op, made_of)
+        except ValueError:  # units that do not follow each other: PyTorch says which
+            return None
+        _BLOCKS[op] = found
     return found if found.made_of.runs_as_written(op) else None
 
 
@@ -185,7 +189,10 @@ class CpuBlock:
         return found
 
     def _check(self, x: Tensor) -> None:
-        """Refuse rows that the kernels would read past the end of."""
+        """Refuse rows that the kernels would read past the end of, or as numbers they are not."""
+        if x.device.type != "cpu" or row_dtype(x) is None:
+            place = f"{x.dtype} on {x.device}"
+            raise ValueError(f"x: {place}; expected float32 on cpu, or bfloat16 under autocast")
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: {tuple(x.shape)}; expected [N, {self.in_channels}, H, W]")
 

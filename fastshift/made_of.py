@@ -6,6 +6,7 @@ from operator import is_, itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastshift.layers import ConvUnit, HeadModule, OpModule, UnitChain
 from fastshift.tracing import has_global_hooks, is_changed
@@ -53,11 +54,14 @@ class MadeOf:
             and all(map(_is_readable, self._units))
         )
 
-    def is_built_in(self) -> bool:
-        """Whether the kernels have it."""
+    def is_built_in(self, op: nn.Module) -> bool:
+        """Whether the kernels have it: its units, and no batch norm but theirs, in their order."""
+        own = _units_of(op) if self._is_plain else []
+        norms = [m for m in op.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         return (
-            bool(self._units)
-            and self._is_plain
+            bool(own)
+            and len(own) == len(self._units) == len(norms)
+            and all(norm_of(unit) is norm for unit, norm in zip(own, norms, strict=True))
             and all(type(unit).forward is ConvUnit.forward for unit in self._units)
             and all(_is_built_in(unit) and _is_readable(unit) for unit in self._units)
         )
@@ -89,6 +93,17 @@ def _parts_of(op: nn.Module) -> list[nn.Module]:
     return found
 
 
+def _units_of(op: nn.Module) -> list[ConvUnit]:
+    """The units of a plain module in the kernels' order."""
+    chains = [op.features] if type(op) is HeadModule else [op, op._modules.get("shortcut")]
+    return [
+        chain._modules[str(index)]
+        for chain in chains
+        if chain is not None
+        for index in range(chain.num_units)
+    ]
+
+
 def _chain_values(chain: nn.Module) -> tuple:
     own = chain.__dict__
     return own.get("frame"), own.get("num_units")
@@ -118,8 +133,16 @@ def _is_readable(unit: ConvUnit) -> bool:
     norm = unit._modules.get("norm")
     if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
         return False
-    own = norm._parameters
-    for parameter in (weight_of(unit), own.get("weight"), own.get("bias")):
-        if parameter is not None and not (parameter.dtype is _FLOAT32 and parameter.is_cpu):
+    own, plain = norm._parameters, unit.__dict__
+    out = plain["out_channels"]
+    shape = (out, plain["in_channels"] // plain["groups"], *plain["kernel_size"])
+    for parameter, expected in (
+        (weight_of(unit), shape),
+        (own.get("weight"), (out,)),
+        (own.get("bias"), (out,)),
+    ):
+        if parameter is not None and not (
+            parameter.dtype is _FLOAT32 and parameter.is_cpu and parameter.shape == expected
+        ):
             return False
     return unit._parameters.get("bias") is None

@@ -240,17 +240,31 @@ def _kernels(
     return _KERNELS[name], _nodes(described, rows, parent, choice)
 
 
-def _infer(rows, parent, choice, parameters, moments, layer):
+def _checked_moments(
+    rows: Tensor,
+    parent: Tensor,
+    choice: Tensor,
+    parameters: Sequence[Tensor],
+    moments: Tensor,
+    layer: str,
+) -> PopulationLayer:
+    """The layer, where shapes and moments fit it."""
     described = _checked(rows, parent, choice, parameters, layer)
     expected = (choice.shape[0], described.moments_floats)
-    if moments.shape != expected:
-        raise ValueError(f"moments: shape {tuple(moments.shape)}; expected {expected}")
+    if moments.shape != expected or moments.device != rows.device:
+        place = f"{tuple(moments.shape)} on {moments.device}"
+        raise ValueError(f"moments: {place}; expected {expected} on {rows.device}")
+    return described
+
+
+def _infer(rows, parent, choice, parameters, moments, layer):
+    described = _checked_moments(rows, parent, choice, parameters, moments, layer)
     run, nodes = _kernels(described, rows, parent, choice, parameters)
     return run.infer(rows, *nodes, parameters, moments, described)
 
 
 def _infer_fake(rows, parent, choice, parameters, moments, layer):
-    described = _checked(rows, parent, choice, parameters, layer)
+    described = _checked_moments(rows, parent, choice, parameters, moments, layer)
     return _fake_rows(described, rows, choice)
 
 
@@ -367,6 +381,12 @@ def used_parameters(
     return found
 
 
+def _infer_autograd(rows, parent, choice, parameters, moments, layer):
+    """None comes back, whichever implementation runs: not a part of one either."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return layer_infer(rows, parent, choice, parameters, moments, layer)
+
+
 def _train_autograd(rows, parent, choice, parameters, layer, keep=True):
     if torch.is_grad_enabled() and (
         rows.requires_grad or any(parameter.requires_grad for parameter in parameters)
@@ -397,4 +417,5 @@ for _schema, _kernel, _fake in (
     _name = _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastshift::{_name}", _fake, lib=_LIBRARY)
+_LIBRARY.impl("layer_infer", _infer_autograd, "Autograd")
 _LIBRARY.impl("layer_train", _train_autograd, "Autograd")

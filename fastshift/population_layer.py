@@ -111,6 +111,10 @@ class LayerOp:
             )
             and (not chains[1] or chains[1][0].in_channels == self.units[0].in_channels)
         )
+        if fits:
+            main, aside = (math.prod(unit.stride for unit in chain) for chain in chains)
+            fits = main == aside or (self.frame == "plain" and not chains[1])
+            fits = fits and (self.frame != "plain" or not chains[1])
         if fits and self.frame == "residual":
             ends = chains[1][-1].out_channels if chains[1] else self.units[0].in_channels
             fits = ends == chains[0][-1].out_channels

@@ -176,6 +176,14 @@ def test_a_call_with_gradients_is_another_compilation_than_one_without():
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_under_fixed_statistics_no_part_of_a_gradient_comes_back(name, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_BACKEND", name)
+    net = _supernet().eval()
+    logits = fs.CompiledSupernet(net, backend="eager", batch_norm="running")(IMAGES, ["00"])
+    assert not logits.requires_grad
+
+
 def test_statistics_are_put_together_once_a_call(monkeypatch):
     net = _supernet()
     compiled = fs.CompiledSupernet(net, batch_norm="running", subtrie_size=2, backend="eager")

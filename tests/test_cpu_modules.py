@@ -13,8 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from fastshift import cpu
+from fastshift._native import cpu as _cpu
 from fastshift.layers import ConvUnit, HeadModule, OpModule
-from fastshift.ops import Frame, Head, Op, Unit
+from fastshift.ops import Frame, Head, Op, Unit, inverted_residual, shuffle_unit
 from fastshift.testing import randomise
 
 
@@ -138,6 +139,122 @@ def test_a_changed_convolution_is_pytorchs(name, value):
     assert cpu.block_of(module, x) is not None
     setattr(module.get_submodule("2"), name, value)
     assert cpu.block_of(module, x) is None
+
+
+def _without_inputs(unit):
+    unit.weight = nn.Parameter(unit.weight.detach()[:, :2].clone())
+
+
+def _without_outputs(unit):
+    unit.weight = nn.Parameter(unit.weight.detach()[:3].clone())
+
+
+def _smaller_kernel(unit):
+    unit.weight = nn.Parameter(unit.weight.detach()[..., :3, :3].clone())
+
+
+def _short_scale(unit):
+    unit.norm.weight = nn.Parameter(torch.ones(2))
+
+
+def _short_shift(unit):
+    unit.norm.bias = nn.Parameter(torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("index", "change"),
+    [
+        (0, _without_inputs),
+        (1, _without_outputs),
+        (2, _smaller_kernel),
+        (0, _short_scale),
+        (2, _short_shift),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_parameter_of_another_shape_is_pytorchs_to_refuse(index, change, before):
+    module, x = _module().eval(), _rows()
+    if before:
+        assert cpu.block_of(module, x) is not None
+    change(module.get_submodule(str(index)))
+    assert cpu.block_of(module, x) is None
+
+
+def _replaced(module, index, unit):
+    module._modules[str(index)] = unit
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _replaced(_module(), 1, ConvUnit(Unit("pointwise", 4096, 12))),
+        lambda: _replaced(_shuffles(), 1, ConvUnit(Unit("depthwise", 6, 6, 3, 1))),
+        lambda: _replaced(
+            OpModule(shuffle_unit(8, 8, 1, 3)), 1, ConvUnit(Unit("depthwise", 4, 4, 3, 2))
+        ),
+        lambda: _replaced(
+            OpModule(inverted_residual(8, 8, 1, 3, 3)), 1, ConvUnit(Unit("depthwise", 24, 24, 3, 2))
+        ),
+    ],
+    ids=["channels", "two strides", "split shuffle", "bare residual"],
+)
+def test_units_that_do_not_follow_each_other_are_pytorchs_to_refuse(make):
+    module = make()
+    x = torch.randn(2, next(iter(module.parameters())).shape[1] * 2, 7, 7)
+    assert cpu.block_of(module, x) is None
+
+
+@pytest.mark.parametrize(
+    ("units", "main", "frame", "channels"),
+    [
+        ([(False, 4, 4, 1, 2, True)], 1, "shuffle", (8, 8)),
+        ([(False, 4, 4, 1, 2, True)], 1, "residual", (4, 4)),
+        ([(False, 4, 4, 1, 2, True), (False, 4, 4, 1, 1, True)], 1, "residual", (4, 4)),
+        ([(False, 4, 5, 1, 1, True), (True, 4, 4, 3, 1, True)], 2, "plain", (4, 4)),
+        ([(True, 4, 5, 3, 1, True)], 1, "plain", (4, 5)),
+        ([(False, 4, 5, 1, 1, True)], 1, "plain", (4, 6)),
+        ([(False, 4, 4, 1, 1, True), (False, 4, 4, 1, 1, True)], 1, "plain", (4, 4)),
+        ([(False, 0, 4, 1, 1, True)], 1, "plain", (0, 4)),
+    ],
+)
+def test_the_core_refuses_units_that_do_not_follow_each_other(units, main, frame, channels):
+    with pytest.raises(ValueError, match=r"^units: "):
+        _cpu.Block(units, main, frame, *channels)
+
+
+def test_a_unit_that_was_taken_out_and_put_back_keeps_its_own_statistics():
+    module = randomise(OpModule(shuffle_unit(8, 8, 1, 3))).eval()
+    x = torch.randn(2, 8, 7, 7)
+    assert cpu.block_of(module, x) is not None
+    module.add_module("0", module._modules.pop("0"))
+    assert cpu.block_of(module, x) is None
+
+
+def test_a_classifier_with_a_batch_norm_is_pytorchs():
+    head = HeadModule(Head(6, (Unit("pointwise", 6, 8),), 3))
+    assert cpu.block_of(head, _rows()) is not None
+    head.classifier = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+    assert cpu.block_of(head, _rows()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int32])
+def test_a_block_refuses_rows_of_another_type(dtype):
+    module, x = _module().eval(), _rows()
+    block = cpu.block_of(module, x)
+    moments = [(unit.norm.running_mean, unit.norm.running_var) for unit in block.units]
+    with pytest.raises(ValueError, match=f"x: {dtype} on cpu; expected float32"):
+        block.infer(x.to(dtype), moments)
+    with pytest.raises(ValueError, match=f"x: {dtype} on cpu; expected float32"):
+        block.train(x.to(dtype))
+    with pytest.raises(ValueError, match="expected float32 on cpu"):
+        block.infer(x.to("meta"), moments)
+
+
+def test_one_value_a_channel_has_no_variance():
+    module = _module()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        cpu.block_of(module, _rows()).train(_rows()[:1, :, :1, :2])
 
 
 def test_a_norm_in_another_type_is_pytorchs():

@@ -146,6 +146,10 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
             train(rows, *nodes, given, text)
     with pytest.raises(ValueError, match="moments: "):
         layer_infer(rows, parent, choice, given, torch.zeros(5, 3), text)
+    wanted = parse_layer(text).moments_floats
+    empty = torch.empty(len(choice), wanted, device="meta")
+    with pytest.raises(ValueError, match=r"moments: .* on meta; expected .* on cpu"):
+        layer_infer(rows, parent, choice, given, empty, text)
     with pytest.raises(ValueError, match=r"parameters: \(.*\) on cpu; expected \("):
         train(rows, parent, choice, [*given[1:], given[0]], text)
     with pytest.raises(ValueError, match="expected some"):
@@ -180,11 +184,25 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         ([(False, 4, 5, 1, 1), (False, 4, 6, 1, 1)], 1, "residual"),
         ([(False, 4, 5, 1, 1)], 2, "plain"),
         ([(False, 4, 5, 1, 1)], 1, "dense"),
+        ([(False, 4, 4, 1, 2)], 1, "residual"),
+        ([(False, 4, 4, 1, 2)], 1, "shuffle"),
+        ([(False, 4, 4, 1, 2), (False, 4, 4, 1, 1)], 1, "residual"),
+        ([(False, 4, 4, 1, 1), (False, 4, 4, 1, 1)], 1, "plain"),
     ],
 )
 def test_units_that_do_not_follow_each_other_are_refused(units, main, frame):
     with pytest.raises(ValueError, match="units that do not follow each other"):
         LayerOp(tuple(LayerUnit(*unit, True, 1e-5) for unit in units), main, frame)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_no_part_of_a_gradient_comes_back_through_inference(name, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_BACKEND", name)
+    layer, rows, parent, choice = make_case("s1", SHAPES["odd"], POPULATIONS["cousins"])
+    moments = torch.ones(len(choice), parse_layer(layer.text).moments_floats)
+    given = layer.given(needs=True)
+    out = layer_infer(rows.requires_grad_(), parent, choice, given, moments, layer.text)
+    assert not out.requires_grad
 
 
 def _one_unit(*unit):

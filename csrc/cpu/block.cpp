@@ -44,6 +44,35 @@ void finish_statistics(const double* sums, int groups, const std::vector<int64_t
   }
 }
 
+// Stride of units one after the other, each of which takes what the one before gives; 0: it does not.
+int64_t stride_of(const Unit* first, const Unit* last) {
+  int64_t stride = 1;
+  for (const Unit* unit = first; unit != last; ++unit) {
+    if (unit != first && unit->in_channels != unit[-1].out_channels) return 0;
+    stride *= unit->stride;
+  }
+  return stride;
+}
+
+// Whether the rows of a frame have the sizes that its two paths give.
+bool fit(const std::vector<Unit>& units, int main_units, Frame frame, int64_t in, int64_t out) {
+  const Unit *main = units.data(), *aside = main + main_units, *end = main + units.size();
+  const int64_t stride = stride_of(main, aside), first = main->in_channels;
+  const int64_t last = aside[-1].out_channels;
+  if (stride == 0) return false;
+  if (aside == end) {
+    switch (frame) {
+      case Frame::plain: return in == first && out == last;
+      case Frame::residual: return in == first && out == last && in == out && stride == 1;
+      case Frame::shuffle: return in == 2 * first && out == first + last && stride == 1;
+    }
+  }
+  const int64_t beside = end[-1].out_channels;
+  if (stride_of(aside, end) != stride || aside->in_channels != first || in != first) return false;
+  return frame == Frame::residual ? out == last && out == beside
+                                  : frame == Frame::shuffle && out == last + beside;
+}
+
 }  // namespace
 
 Block::Block(std::vector<Unit> units, int main_units, Frame frame, int64_t in_channels,
@@ -60,6 +89,13 @@ Block::Block(std::vector<Unit> units, int main_units, Frame frame, int64_t in_ch
                                  (unit.stride == 1 || unit.stride == 2)
                            : unit.kernel % 2 == 1 && unit.stride >= 1;
     if (!known) throw std::invalid_argument("units: a kernel or stride that is not built in");
+    if (unit.in_channels < 1 || unit.out_channels < 1 ||
+        (unit.depthwise && unit.in_channels != unit.out_channels)) {
+      throw std::invalid_argument("units: numbers of channels that no convolution has");
+    }
+  }
+  if (!fit(units_, main_units_, frame_, in_channels_, out_channels_)) {
+    throw std::invalid_argument("units: they do not follow each other in the frame");
   }
 }
 
@@ -118,6 +154,9 @@ void Block::forward(const Kernels& kernels, const Images& images, const void* x,
       const Geometry geometry = geometry_of(unit, height, width);
       height = geometry.out_height;
       width = geometry.out_width;
+      if (images.count * height * width < 2) {
+        throw std::invalid_argument("images: a batch norm expected more than 1 value per channel");
+      }
       const int groups = group_count(unit, images);
       const int64_t channels = unit.out_channels;
       if (!saved) {
