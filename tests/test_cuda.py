@@ -381,6 +381,21 @@ def test_a_batch_copied_ahead_is_whole_when_it_is_used_and_stays_so_until_then()
         assert abs(found[0].item() - wanted[0].double().sum().item()) < 1e-6
 
 
+def test_a_host_far_ahead_holds_few_batches_on_its_device():
+    device = torch.device("cuda", torch.cuda.current_device())
+    images, labels = torch.randn(256, 3, 64, 64), torch.zeros(256, dtype=torch.int64)
+    size = images.nbytes + labels.nbytes
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    for there, _ in PrefetchedBatches([(images, labels)] * 24, device):
+        assert there.device == device
+        torch.cuda._sleep(100_000_000)
+    taken = torch.cuda.memory_stats()["active_bytes.all.peak"] - before
+    assert size <= taken <= 5 * size
+
+
 def _ahead(asked, monkeypatch):
     """Note what is made ahead, or make nothing ahead."""
     plain = Prefetcher.batch
