@@ -1,4 +1,4 @@
-"""The one place for devices: which one a name means, and how exactly a GPU computes.
+"""The one place for devices: which one a name means, how exactly a GPU computes, whose turn it is.
 
 `auto` is a GPU where there is one; `FASTSHIFT_DEVICE` says another. On a GPU fp32 is fp32, unless
 PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`, or
@@ -8,12 +8,17 @@ PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`, or
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["fp32_precision", "parse_device", "settle_on", "use_device"]
+__all__ = ["TURN", "fp32_precision", "parse_device", "settle_on", "use_device"]
+
+# Of this process's threads, for what scores and trains: for a moment a supernet's modules are
+# changed or the class of all modules is, its buffers are its own, and a capture is a whole GPU's.
+TURN = threading.RLock()
 
 
 def parse_device(name: str | torch.device) -> torch.device:

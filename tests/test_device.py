@@ -241,5 +241,5 @@ def test_only_one_module_decides(request):
 
 
 def test_devices_are_named_in_one_place():
-    assert devices.__all__ == ["fp32_precision", "parse_device", "settle_on", "use_device"]
+    assert devices.__all__ == ["TURN", "fp32_precision", "parse_device", "settle_on", "use_device"]
     assert fsdata.Options().device == "auto"
