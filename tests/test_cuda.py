@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -232,6 +233,21 @@ def test_a_population_scores_the_same_whatever_was_replayed_before():
     for seed in range(5):
         _evaluator(net).evaluate(random_archs(net.space, 3 + 4 * seed, seed))
     assert np.array_equal(_evaluator(net).evaluate(archs).losses, first)
+
+
+def test_threads_take_turns_and_give_the_scores_of_each_alone():
+    nets = [tiny_supernet().cuda(), tiny_supernet(seed=1).cuda()]
+    jobs = [(net, random_archs(net.space, 9, seed)) for net in nets for seed in range(2)]
+    wanted = [_evaluator(copy.deepcopy(net)).evaluate(archs).losses for net, archs in jobs]
+
+    def scored(job):
+        found = [_evaluator(job[0]).evaluate(job[1]) for _ in range(4)]
+        assert {scores.computed for scores in found} == {"captured"}
+        return [scores.losses for scores in found]
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for losses, alone in zip(pool.map(scored, jobs), wanted, strict=True):
+            assert all(np.array_equal(one, alone) for one in losses)
 
 
 def test_what_no_path_used_keeps_its_bits_and_a_spoiled_update_moves_nothing():
