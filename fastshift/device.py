@@ -1,4 +1,4 @@
-"""The one place for devices: which one a name means, and how exactly a GPU computes.
+"""The one place for devices: which one a name means, how exactly a GPU computes, whose turn it is.
 
 `auto` is a GPU where there is one; `FASTSHIFT_DEVICE` says another. On a GPU fp32 is fp32, unless
 PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`, or
@@ -8,12 +8,18 @@ PyTorch is asked for TF32 (`torch.set_float32_matmul_precision`, or
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
-__all__ = ["fp32_precision", "parse_device", "settle_on", "use_device"]
+__all__ = ["TURN", "fp32_precision", "parse_device", "settle_on", "use_device"]
+
+# Of this process's threads, for what scores and trains: for a moment a supernet's modules are
+# changed or the class of all modules is, its buffers are its own, and a capture is a whole GPU's.
+TURN = threading.RLock()
 
 
 def parse_device(name: str | torch.device) -> torch.device:
@@ -59,9 +65,11 @@ def fp32_precision() -> str:
 def settle_on(device: torch.device) -> None:
     """Compute on a device from here on: a GPU becomes the current one, and exact."""
     if device.type == "cuda":
-        cudnn = torch.backends.cudnn
+        cudnn, precision = torch.backends.cudnn, fp32_precision()
         torch.cuda.set_device(device.index or 0)
-        cudnn.allow_tf32 = fp32_precision() == "tf32"
+        cudnn.allow_tf32 = precision == "tf32"
+        for part in _cudnn_parts():
+            part.fp32_precision = precision
         cudnn.deterministic, cudnn.benchmark = True, False
 
 
@@ -71,12 +79,27 @@ def use_device(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn, names = torch.backends.cudnn, ("allow_tf32", "deterministic", "benchmark")
-    before = [getattr(cudnn, name) for name in names]
+    before = _cudnn_settings()
     with torch.cuda.device(device):
         try:
             settle_on(device)
             yield
         finally:
-            for name, value in zip(names, before, strict=True):
-                setattr(cudnn, name, value)
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+
+def _cudnn_parts() -> list[Any]:
+    """What has a precision of its own, from 2.9 on."""
+    found = (getattr(torch.backends.cudnn, name, None) for name in ("conv", "rnn"))
+    return [part for part in found if hasattr(part, "fp32_precision")]
+
+
+def _cudnn_settings() -> list[tuple[Any, str, Any]]:
+    """Owner, name and value of all that `settle_on` sets, in the order to put them back."""
+    cudnn, names = torch.backends.cudnn, ("deterministic", "benchmark")
+    found = [(cudnn, name, getattr(cudnn, name)) for name in names]
+    # Where the parts were asked for one by one, the older name cannot be read.
+    with suppress(RuntimeError):
+        found.append((cudnn, "allow_tf32", cudnn.allow_tf32))
+    return found + [(part, "fp32_precision", part.fp32_precision) for part in _cudnn_parts()]

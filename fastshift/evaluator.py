@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastshift.batch_norm import POLICIES, BatchNorms, evaluation_mode
-from fastshift.device import use_device
+from fastshift.device import TURN, use_device
 from fastshift.prefetch import PrefetchedBatches
 from fastshift.static_supernet import static_supernet
 from fastshift.steps import Statistics, calibrate_step, eval_step
@@ -68,7 +68,7 @@ class Scores:
         images: scored images per architecture.
         calibration_images: calibration images per architecture.
         sharing: cost of all paths over the cost computed; 1 for `sequential`.
-        seconds: wall time.
+        seconds: wall time, without waiting for a turn.
         computed: how the batches were: `captured` as CUDA graphs, `static`, `modules: ` and
             why not by those, or `sequential`.
     """
@@ -88,6 +88,10 @@ class Evaluator:
 
     Neither weights nor buffers of the supernet change, bit for bit, and scores do not depend on the
     order or the company in which architectures are asked for.
+
+    Threads may share a supernet, and an evaluator: evaluations and updates in one process take
+    turns. To score in parallel, give each process a supernet of its own. On a GPU an evaluation
+    runs on the stream that is current where it is called, and waits for its result.
 
     Args:
         supernet: with the weights to score under; they may move between calls.
@@ -166,11 +170,14 @@ class Evaluator:
             )
         if self.batch_norm == "ema" and not self.supernet.ema:
             raise ValueError("batch_norm: 'ema' has no statistics before the first shift step")
+        with TURN, use_device(next(self.supernet.parameters()).device):
+            return self._scores(rows)
+
+    def _scores(self, rows: np.ndarray) -> Scores:
         begin = time.perf_counter()
         plan = Plan(rows, self.subtrie_size)
         score = self._shared if self.strategy == "shared" else self._sequential
-        with use_device(next(self.supernet.parameters()).device):
-            wrong, losses, images, calibrated, computed = score(plan)
+        wrong, losses, images, calibrated, computed = score(plan)
         if images == 0:
             raise ValueError("batches: none to score on")
         errors, losses = wrong / images, losses / images

@@ -26,10 +26,12 @@ Copied = tuple["Batch | None", "torch.cuda.Event | None"]  # the event ends its 
 class Prefetcher:
     """Give batches by their keys, on a device, the next one made by a thread meanwhile.
 
-    Two batches are held at most: the one that was given, and the next; on the device an earlier
-    one stays until the stream that it was given to has used it. The thread starts with the second
-    batch, and only for a GPU whose first batch lay on the host; it ends with `close`. A batch is
-    made by one thread at a time.
+    Two batches are held at most, on the host and on the device, the one that was given and the
+    next; the one before is a third for as long as who asks keeps it. A batch is copied once the
+    stream that asks has used all those before the last one given, so that a host far ahead of its
+    device waits here, and no more memory is taken. The thread starts with the second batch, and
+    only for a GPU whose first batch lay on the host; it ends with `close`. A batch is made by one
+    thread at a time.
 
     Args:
         make: gives the batch of a key, images and labels; None behind the last.
@@ -42,6 +44,7 @@ class Prefetcher:
         self._stream: torch.cuda.Stream | None = None
         self._worker: ThreadPoolExecutor | None = None
         self._pending: tuple[Hashable, Future[Copied]] | None = None
+        self._used: torch.cuda.Event | None = None  # all batches before the last one given
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -71,7 +74,10 @@ class Prefetcher:
             wait([self._pending[1]])
             (found, future), self._pending = self._pending, None
             ahead = future if found == key else None
-        copied = self._copied(key) if ahead is None else ahead.result()
+            del future  # and with it a batch made in vain
+        copied = self._copied(key, self._used) if ahead is None else ahead.result()
+        if copied[1] is not None:
+            self._used = self._asked()
         if self._is_wanted and copied[0] is not None and following is not None:
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(
@@ -81,7 +87,7 @@ class Prefetcher:
                     initializer=torch.set_num_threads,
                     initargs=(torch.get_num_threads(),),
                 )
-            self._pending = following, self._worker.submit(self._copied, following)
+            self._pending = following, self._worker.submit(self._copied, following, self._used)
         return self._received(*copied)
 
     def close(self) -> None:
@@ -91,8 +97,14 @@ class Prefetcher:
             self._worker.shutdown(wait=True)
             self._worker = None
 
-    def _copied(self, key: Hashable) -> Copied:
-        """Make a batch, and begin its copy to the device on a stream of its own."""
+    def _asked(self) -> torch.cuda.Event:
+        """What the present stream was given so far; the thread that waits for it sleeps."""
+        event = torch.cuda.Event(blocking=True)
+        torch.cuda.current_stream(self.device).record_event(event)
+        return event
+
+    def _copied(self, key: Hashable, used: torch.cuda.Event | None) -> Copied:
+        """Make a batch and, once others are used, begin its copy on a stream of its own."""
         batch = self._make(key)
         if batch is None:
             return None, None
@@ -101,6 +113,8 @@ class Prefetcher:
             return batch, None
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
+        if used is not None:
+            used.synchronize()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             images, labels = (self._moved(part) for part in batch)
             return (images, labels), self._stream.record_event()

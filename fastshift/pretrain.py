@@ -193,6 +193,8 @@ def pretrain(
 ) -> PretrainResult:
     """Train a supernet on sampled paths (SPOS, section 3.2), in place.
 
+    On a GPU each call captures the CUDA graphs of its updates anew.
+
     Args:
         supernet: to train.
         data: its `train.batch(index, size, stream)` is a pure function of its arguments.

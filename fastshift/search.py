@@ -34,6 +34,10 @@ def search(
 ) -> SearchResult:
     """Search a pre-trained supernet by evolution, shifting it on the way (arXiv 2403.11380).
 
+    On a GPU each search captures the CUDA graphs of its updates, a second one on the same supernet
+    too. Those that score it are kept, and captured again only for a larger population, batch or
+    sub-trie, or where its parameters were replaced.
+
     Args:
         supernet: pre-trained; it shifts in place, and is saved in `out`.
         data: with `train`, `validation` and `calibration` batches, as `fastshift.data.load` gives.

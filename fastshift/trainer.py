@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastshift.batch_norm import BatchNorms, MovingAverages
-from fastshift.device import use_device
+from fastshift.device import TURN, use_device
 from fastshift.errors import ConfigError, NonFiniteLossError, SpaceError, UnsupportedError
 from fastshift.evaluator import precision_scope
 from fastshift.optim import PathSGD
@@ -114,6 +114,8 @@ class PathTrainer:
     ) -> float:
         """Make one update, or skip it where a loss or the gradient is not finite.
 
+        Threads take turns, evaluations included.
+
         Args:
             plan: of the paths.
             images: `[N, C, H, W]`.
@@ -130,18 +132,18 @@ class PathTrainer:
         supernet = self.supernet
         if lr is not None:
             self.optimizer.set_lr(lr)
-        if not supernet.training:
-            supernet.train()
         scale = 1.0 if self.reduction == "sum" else 1.0 / plan.num_rows
         moving = any(p.requires_grad for p in self._trunk)
         key = (self.seed, position)
-        with use_device(next(supernet.parameters()).device):
+        with TURN, use_device(next(supernet.parameters()).device):
+            if not supernet.training:
+                supernet.train()
             trainer = self._static_trainer(plan, images)
             step = self._step_by_modules if trainer is None else trainer.update
             total, moved = step(plan, images, labels, key=key, scale=scale, moving=moving)
+            supernet.version += moved
         loss = total / plan.num_rows
         if moved:
-            supernet.version += 1
             self.updates += 1
             self.skipped_in_row = 0
         else:

@@ -201,6 +201,16 @@ class Unsafe(PopulationPass):
             losses[losses > 0] = losses[0]
         elif self.how == "a random number":
             losses.uniform_()
+        elif self.how == "to the host":
+            losses.cpu()
+        elif self.how == "a list":
+            losses.tolist()
+        elif self.how == "from the host":
+            losses.copy_(torch.zeros(losses.shape, dtype=losses.dtype, device="cpu"))
+        elif self.how == "an index of the host":
+            losses[torch.zeros(1, dtype=torch.int64, device="cpu")] = 0.0
+        elif self.how == "a wait":
+            torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize(
@@ -310,6 +320,10 @@ def test_a_value_that_a_step_reads_is_refused_in_a_recording():
 # On a CUDA device that is none: values do not exist, devices do
 
 
+def _wait(*_):
+    raise UnsafeError("synchronize: waits for the device")
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """Have steps run as they are on fake CUDA tensors."""
@@ -328,6 +342,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(static_state, "in_plain_memory", lambda parameters: None)
     monkeypatch.setattr(population_pass, "_pinned", lambda values, device: values)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+        monkeypatch.setattr(owner, "synchronize", _wait)
     monkeypatch.setattr(sgd, "sgd_tables", tables)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
@@ -452,6 +468,28 @@ def test_a_value_that_a_step_reads_is_refused_there(pretended):
     made.prepare = lambda kind: None
     with pytest.raises(DataDependentOutputException):
         made._score(1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "to the host",
+        "from the host",
+        "an index of the host",
+        "a number of Python",
+        "a list",
+        "a wait",
+    ],
+)
+def test_a_step_that_leaves_its_device_is_seen_there(how, pretended):
+    """On a CPU none of these calls an operator, or is known from one that may stand in a step."""
+    state = _state(_on_cuda())
+    made = _Passes(state).of((), lambda: Unsafe(state, how))
+    made.prepare = lambda kind: None
+    with Watch():
+        PopulationPass._score(made, 1)
+        with pytest.raises(UnsafeError):
+            made._score(1)
 
 
 def test_batches_come_from_any_device(pretended):

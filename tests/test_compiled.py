@@ -73,16 +73,21 @@ def test_logits_are_those_of_one_path_at_a_time(policy):
     assert global_error([found], [_plain(net, archs, IMAGES.double())]) < FLOAT64_TOLERANCE
 
 
-def test_twenty_populations_of_a_bucket_are_compiled_once():
-    net = _supernet()
+@pytest.mark.parametrize("trains", [False, True])
+def test_twenty_populations_of_a_bucket_are_compiled_once(trains):
+    net, rng = _supernet().train(trains), np.random.default_rng(0)
     compiled = fs.CompiledSupernet(net, backend="aot_eager")
-    with torch.no_grad():
-        for seed in range(20):
-            archs = np.unique(random_archs(net.space, 40, seed=seed), axis=0)
-            compiled(IMAGES, archs[seed % 4 :][: 5 + seed % 4])
+    whole = np.array(list(np.ndindex(3, 3)), np.uint8)
+    populations = [whole[rng.permutation(len(whole))[: 5 + size % 4]] for size in range(20)]
+    assert len({frozenset(map(tuple, archs.tolist())) for archs in populations}) == 20
+    with torch.set_grad_enabled(trains):
+        for archs in populations:
+            logits = compiled(IMAGES, archs)
+            if trains:
+                logits.sum().backward()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert compiled.shapes == {(8, 6, False)}
+    assert compiled.shapes == {(8, 6, trains)}
 
 
 def test_another_bucket_and_another_batch_are_compiled_once_each():

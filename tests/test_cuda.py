@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -234,6 +235,21 @@ def test_a_population_scores_the_same_whatever_was_replayed_before():
     assert np.array_equal(_evaluator(net).evaluate(archs).losses, first)
 
 
+def test_threads_take_turns_and_give_the_scores_of_each_alone():
+    nets = [tiny_supernet().cuda(), tiny_supernet(seed=1).cuda()]
+    jobs = [(net, random_archs(net.space, 9, seed)) for net in nets for seed in range(2)]
+    wanted = [_evaluator(copy.deepcopy(net)).evaluate(archs).losses for net, archs in jobs]
+
+    def scored(job):
+        found = [_evaluator(job[0]).evaluate(job[1]) for _ in range(4)]
+        assert {scores.computed for scores in found} == {"captured"}
+        return [scores.losses for scores in found]
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for losses, alone in zip(pool.map(scored, jobs), wanted, strict=True):
+            assert all(np.array_equal(one, alone) for one in losses)
+
+
 def test_what_no_path_used_keeps_its_bits_and_a_spoiled_update_moves_nothing():
     net = tiny_supernet().cuda()
     trainer = PathTrainer(net, lr=0.1, weight_decay=0.1)
@@ -379,6 +395,21 @@ def test_a_batch_copied_ahead_is_whole_when_it_is_used_and_stays_so_until_then()
         wanted = DATA.train.batch(index, size)
         assert found[1].item() == wanted[1].sum().item()
         assert abs(found[0].item() - wanted[0].double().sum().item()) < 1e-6
+
+
+def test_a_host_far_ahead_holds_few_batches_on_its_device():
+    device = torch.device("cuda", torch.cuda.current_device())
+    images, labels = torch.randn(256, 3, 64, 64), torch.zeros(256, dtype=torch.int64)
+    size = images.nbytes + labels.nbytes
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    for there, _ in PrefetchedBatches([(images, labels)] * 24, device):
+        assert there.device == device
+        torch.cuda._sleep(100_000_000)
+    taken = torch.cuda.memory_stats()["active_bytes.all.peak"] - before
+    assert size <= taken <= 5 * size
 
 
 def _ahead(asked, monkeypatch):

@@ -226,6 +226,16 @@ def test_the_parts_are_the_image_folders_file_by_file(folder, chosen):
             assert torch.equal(batch[1], same[1])
 
 
+def test_what_is_held_out_has_as_many_of_each_class_and_is_not_trained_on(folder):
+    """Of 48 training files, 16 a class; the order of files is by class."""
+    data = load(folder, validation_size=15)
+    labels = torch.cat([labels for _, labels in data.validation])
+    assert torch.bincount(labels).tolist() == [5, 5, 5]
+    parts = [getattr(data, name)._positions.tolist() for name in ("train", "validation")]
+    assert sorted(parts[0] + parts[1]) == [*range(48)]
+    assert not set(data.calibration._positions.tolist()) & set(parts[1])
+
+
 def test_evaluation_sees_every_image_once_and_training_drops_the_last_part(data):
     sizes = [len(labels) for _, labels in data.test]
     assert sizes == [5, 5, 5, 2]

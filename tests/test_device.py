@@ -134,6 +134,46 @@ def test_however_pytorch_is_asked_the_precision_is_known(fresh):
     assert fresh(PRECISION.format(list(wanted))).split() == list(wanted.values())
 
 
+ASKED = """
+import contextlib, os, torch
+from fastshift.device import use_device
+
+cudnn = torch.backends.cudnn
+torch.cuda.device = contextlib.nullcontext
+torch.cuda.set_device = lambda device: None
+
+def parts():
+    return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+for how in {!r}:
+    if os.fork() == 0:
+        exec(how)
+        before = parts()
+        with use_device(torch.device("cuda", 0)):
+            within = (cudnn.allow_tf32, *parts())
+        assert parts() == before, (how, parts(), before)
+        print(*within, flush=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="an older PyTorch")
+def test_however_pytorch_is_asked_convolutions_are_exact_and_left_as_they_were(fresh):
+    exact, tf32 = "False ieee ieee", "True tf32 tf32"
+    wanted = {
+        "": exact,
+        "cudnn.conv.fp32_precision = 'ieee'": exact,
+        "cudnn.conv.fp32_precision = 'tf32'": exact,
+        "cudnn.rnn.fp32_precision = 'ieee'": exact,
+        "cudnn.allow_tf32 = False": exact,
+        "torch.backends.fp32_precision = 'ieee'": exact,
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'": tf32,
+        "torch.set_float32_matmul_precision('high')": tf32,
+    }
+    assert fresh(ASKED.format(list(wanted))).splitlines() == list(wanted.values())
+
+
 def test_tf32_is_used_where_pytorch_is_asked_for_it(current):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -241,5 +281,5 @@ def test_only_one_module_decides(request):
 
 
 def test_devices_are_named_in_one_place():
-    assert devices.__all__ == ["fp32_precision", "parse_device", "settle_on", "use_device"]
+    assert devices.__all__ == ["TURN", "fp32_precision", "parse_device", "settle_on", "use_device"]
     assert fsdata.Options().device == "auto"

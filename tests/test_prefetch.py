@@ -23,13 +23,29 @@ from fastshift.testing import changed_tensors, micro_supernet, random_archs, syn
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
+class _Event:
+    """What a stream was given before; it has passed when the device is there."""
+
+    def __init__(self, blocking=False):
+        assert blocking
+        self.passed = threading.Event()
+
+    def synchronize(self):
+        assert self.passed.wait(20), "the device never came so far"
+
+
 class _Stream:
     """A stream whose copies are made when someone waits for them."""
 
     def __init__(self, device=None):
-        self.copies = []
+        self.copies, self.events, self.is_behind = [], [], False
 
-    def record_event(self):
+    def record_event(self, event=None):
+        if event is not None:
+            self.events.append(event)
+            if not self.is_behind:
+                event.passed.set()
+            return event
         found, self.copies = self.copies, []
         return found
 
@@ -41,7 +57,7 @@ class _Stream:
 class _Cuda:
     """What of `torch.cuda` a copy on a stream of its own takes."""
 
-    Stream = _Stream
+    Stream, Event = _Stream, _Event
 
     def __init__(self):
         self.present, self.local = _Stream(), threading.local()
@@ -195,6 +211,48 @@ def test_at_most_two_batches_are_held(cuda):
             held = sum(made() is not None for made in cuda.made)
             assert held == len(batch) * (2 if index < 11 else 1)
             del batch
+
+
+def test_a_batch_made_in_vain_is_gone_when_the_next_is_copied(cuda):
+    train, held = _Train(), {}
+    plain = train.batch
+
+    def batch(index, *asked):
+        held[index] = sum(made() is not None for made in cuda.made)
+        return plain(index, *asked)
+
+    train.batch = batch
+    with PrefetchedTrain(train, CUDA) as ahead:
+        for index in range(0, 12, 3):
+            ahead.batch(index)
+    assert [held[index] for index in range(0, 12, 3)] == [0] * 4
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_a_host_far_ahead_waits_for_its_device(is_ahead, cuda):
+    """No batch is copied before the last but one is used, made ahead or not."""
+    cuda.present.is_behind = True
+    train, given = _Train(), []
+
+    def ask():
+        with Prefetcher(train.batch, CUDA) as prefetcher:
+            for index in range(9):
+                following = index + 1 if is_ahead and index < 8 else None
+                given.append(_numbers(prefetcher.batch(index, following)))
+
+    host = threading.Thread(target=ask)
+    host.start()
+    for used in range(-1, 9):  # batches that the device is through with, but for what was before
+        expected = min(used + 2, 9)
+        until = time.monotonic() + 20
+        while len(cuda.made) < 2 * expected and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert len(cuda.made) == 2 * expected
+        if used < 8:
+            cuda.present.events[used + 1].passed.set()
+    host.join(20)
+    assert given == [[index] * 2 for index in range(9)]
 
 
 def test_a_batch_is_used_behind_its_copy_and_its_memory_is_kept_for_who_uses_it(cuda):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -167,6 +168,29 @@ def test_memory_is_reserved_once_for_scores_and_for_the_updates_that_follow(stat
     assert len(reserved) == 1
     sizes = {len(images) for images, _ in (*DATA.validation, *DATA.calibration)}
     assert sorted(made) == ["PopulationPass"] * len(sizes) + ["TrainingPass"]
+
+
+def test_a_second_search_makes_the_steps_of_its_updates_anew_and_none_for_scores(
+    static, monkeypatch
+):
+    made, prepare = [], StepCache.prepare
+
+    def note(cache, wanted):
+        before = set(cache.steps)
+        prepare(cache, wanted)
+        made[-1] += [key[0] for key in cache.steps.keys() - before]
+
+    monkeypatch.setattr(StepCache, "prepare", note)
+    net = tiny_supernet()
+    options = {"generations": 1, "population": 4, "parents": 2, "top_k": 2, "shift_steps": 1}
+    for _ in range(2):
+        made.append([])
+        search(net, DATA, **options, shift_batch_size=8)
+    first, second = (Counter(kinds) for kinds in made)
+    scoring = {kind: first.pop(kind) for kind in ("calibrate", "infer", "score")}
+    assert min(scoring.values()) > 0
+    assert second == first
+    assert set(second) == {"forward", "backward", "loss", "step", "clear"}
 
 
 def test_scored_batches_of_several_sizes_are_made_room_for_at_once(static):
