@@ -308,7 +308,7 @@ def _print_steps() -> None:
         try:
             wanted, why = wanted_steps(torch.device(kind))
         except ConfigError:  # said last
-            wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
+            wanted, why = "nothing", "FASTSHIFT_STEPS or FASTSHIFT_BACKEND cannot run"
         how = "CUDA graphs over static buffers" if kind == "cuda" else "static buffers, no graphs"
         print(f"  {kind:14} {how if wanted == 'static' else wanted}: {why}")
 
