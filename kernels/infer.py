@@ -23,9 +23,10 @@ from fastshift.kernels._launch import Launch
 from fastshift.kernels.addresses import ALIGNMENT, address_table
 from fastshift.kernels.cards import Card, card_of
 from fastshift.kernels.infer_bands import BandPlan, Machine, choose_bands
+from fastshift.kernels.infer_bands_kernel import infer_bands_kernel
 from fastshift.kernels.infer_jobs import InferStep
-from fastshift.kernels.infer_kernels import infer_bands_kernel, infer_step_kernel
 from fastshift.kernels.infer_plan import InferPlan, plan_infer
+from fastshift.kernels.infer_step_kernel import infer_step_kernel
 from fastshift.kernels.infer_tiles import Blocks, block_sizes, num_tiles
 from fastshift.kernels.plan import Layer, refuse_capture
 

@@ -606,7 +606,7 @@ def test_a_barrier_over_all_memory_stands_behind_each_job_of_a_band(tmp_path):
     (barrier,) = (i for i, line in enumerate(lines) if line.strip() == "ttg.barrier all")
     stores = [i for i, line in enumerate(lines) if "tt.store" in line]
     assert max(stores) < barrier
-    # The next line ends the loop over jobs, which begins before the first store.
+    # The next lines end a pass of the loop over jobs, which begins before the first store.
     assert lines[barrier + 1].strip().startswith("}")
     indent = len(lines[barrier]) - len(lines[barrier].lstrip())
     begin = " " * (indent - 2) + "scf.for"
