@@ -30,7 +30,7 @@ from fastshift.kernels.infer_step_kernel import infer_step_kernel
 from fastshift.kernels.infer_tiles import Blocks, block_sizes, num_tiles
 from fastshift.kernels.plan import Layer, refuse_capture
 
-__all__ = ["infer", "scratch_bytes"]
+__all__ = ["hidden_bytes", "infer", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,28 @@ def scratch_bytes(
     plan = plan_infer(layer, images, height, width, channels)
     whole = _bands(plan, device, dtype, precision, card)
     return whole.programs * whole.scratch * dtype.itemsize if whole else 0
+
+
+def hidden_bytes(
+    nodes: int,
+    layer: Layer,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "ieee",
+) -> int:
+    """Bytes that `infer` takes for hidden rows: scratches, or buffers of that many nodes.
+
+    Args:
+        nodes: of a call, padding among them.
+        layer, images, height, width, channels, device, dtype, precision: as `scratch_bytes`'s.
+    """
+    given = layer, images, height, width, channels
+    in_buffers = nodes * sum(plan_infer(*given).hidden) * dtype.itemsize
+    return scratch_bytes(*given, device, dtype, precision) or in_buffers
 
 
 def infer(
