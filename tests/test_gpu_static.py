@@ -607,10 +607,11 @@ def test_a_barrier_over_all_memory_stands_behind_each_job_of_a_band(tmp_path):
     stores = [i for i, line in enumerate(lines) if "tt.store" in line]
     assert max(stores) < barrier
     # The next lines end a pass of the loop over jobs, which begins before the first store.
-    assert lines[barrier + 1].strip().startswith("}")
-    indent = len(lines[barrier]) - len(lines[barrier].lstrip())
-    begin = " " * (indent - 2) + "scf.for"
-    assert any(line.startswith(begin) for line in lines[: min(stores)])
+    assert lines[barrier + 1].strip().startswith("scf.yield")
+    assert lines[barrier + 2].strip().startswith("}")
+    indent = " " * (len(lines[barrier]) - len(lines[barrier].lstrip()) - 2)
+    begin = re.compile(indent + r"%\w+ = scf\.while ")
+    assert any(begin.match(line) for line in lines[: min(stores)])
     assert "bar.sync" in assembly
     assert "ld.global.nc" not in assembly  # loads that may miss what the program has written
 
