@@ -25,7 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastshift.kernels.cards import Card
-from fastshift.kernels.plan import Layer
+from fastshift.kernels.described import Layer
 
 __all__ = [
     "LISTED",

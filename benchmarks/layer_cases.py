@@ -24,9 +24,10 @@ from catalogue import DTYPES, Case, Inputs, Level, Network
 from torch import Tensor
 
 from fastshift.kernels.cards import Card
+from fastshift.kernels.described import Op
 from fastshift.kernels.infer import infer, scratch_bytes
 from fastshift.kernels.layer import backward, train
-from fastshift.kernels.plan import Op, plan_layer
+from fastshift.kernels.plan import plan_layer
 
 __all__ = ["catalogue"]
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from fastshift.kernels._launch import Launch
 from fastshift.kernels.addresses import ALIGNMENT, address_table
 from fastshift.kernels.cards import Card, card_of
+from fastshift.kernels.described import Layer
 from fastshift.kernels.infer_bands import BandPlan, Machine, choose_bands
 from fastshift.kernels.infer_bands_kernel import infer_bands_kernel
 from fastshift.kernels.infer_jobs import InferStep
 from fastshift.kernels.infer_plan import InferPlan, plan_infer
 from fastshift.kernels.infer_step_kernel import infer_step_kernel
 from fastshift.kernels.infer_tiles import Blocks, block_sizes, num_tiles
-from fastshift.kernels.plan import Layer, refuse_capture
+from fastshift.kernels.plan import refuse_capture
 
 __all__ = ["hidden_bytes", "infer", "scratch_bytes"]
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from kernel_cases import DEVICE, layer_text, op_of
+from block_cases import every_frame, op_of, strided_shortcut
+from kernel_cases import DEVICE, layer_text
 
 from fastshift import _operators_ref
 from fastshift.kernels import infer as kernels
@@ -17,8 +18,6 @@ from fastshift.ops import (
     Frame,
     Op,
     Unit,
-    conv,
-    identity,
     inverted_residual,
     projection,
     shuffle_unit,
@@ -45,24 +44,13 @@ def _rare(c, kernel=3):
 
 
 OPS = {
-    "s1": lambda c, kernel=3: [
-        identity(c),
-        inverted_residual(c, c, 1, 3, kernel),
-        shuffle_unit(c, c, 1, 3),
-        conv(c, c, 3, 1),
-        shuffle_xception(c, c, 1),
-    ],
+    "s1": lambda c, kernel=3: every_frame(c, 3, (kernel, 3)),
     "s2": lambda c, kernel=3: [
         projection(c, 2 * c, 2),
         inverted_residual(c, 2 * c, 2, 3, 3),
         shuffle_unit(c, 2 * c, 2, kernel),
         shuffle_xception(c, 2 * c, 2),
-        op_of(
-            [("depthwise", c, c, 3, 2), ("pointwise", c, 2 * c, 1, 1, None)],
-            "residual",
-            2,
-            [("pointwise", c, 2 * c, 1, 2, None)],
-        ),
+        strided_shortcut(c),
     ],
     "rare": _rare,
     "end_in_depthwise": lambda c, kernel=3: [

@@ -139,6 +139,7 @@ def test_triton_says_why_it_cannot_run(use, monkeypatch):
     with pytest.raises(ConfigError, match="there is no CUDA device, and TRITON_INTERPRET=1"):
         implementation(case.layer, rows, case.parameters)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert backends.backends()["triton"] is None
     with pytest.raises(ConfigError, match="rows are on a CPU, and TRITON_INTERPRET=1"):
         implementation(case.layer, rows, case.parameters)
