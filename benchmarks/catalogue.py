@@ -24,7 +24,8 @@ from triton.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastshift.kernels.plan import Layer
+from fastshift.kernels.cards import Card
+from fastshift.kernels.described import Layer
 
 __all__ = [
     "LISTED",
@@ -181,10 +182,11 @@ class Case:
         least_made_bytes: of what would be left of them if all but results were computed again;
             None where that is all of them.
         scratch: bytes of a workspace that does not grow with the population, by the name of the
-            type, `tf32` among them.
+            type, `tf32` among them, and by the card.
         load_width, store_width: bytes of the widest accesses that the shape admits, at most 16.
         narrow: kernels whose accesses may be narrower, since they touch next to nothing.
         dot: whether it is a matrix product, so that tensor cores are expected.
+        by_card: whether a card's figures choose its launches: its launcher then takes a `card`.
     """
 
     name: str
@@ -202,7 +204,8 @@ class Case:
     store_width: int = 16
     narrow: tuple[str, ...] = ()
     dot: bool = False
-    scratch: Callable[[str], int] = lambda dtype: 0
+    scratch: Callable[[str, Card | None], int] = lambda dtype, card: 0
+    by_card: bool = False
 
 
 @dataclass
@@ -311,10 +314,16 @@ def cases(network: Network, dtype: str) -> Iterator[Case]:
         yield from importlib.import_module(name).catalogue(network, dtype)
 
 
-def recorded(case: Case) -> Recording:
-    """Record what a case starts and makes, its preparation aside."""
+def recorded(case: Case, card: Card | None = None) -> Recording:
+    """Record what a case starts and makes on a card, its preparation aside.
+
+    Args:
+        case: of the list.
+        card: whose figures choose the launches, where they do; those of `cards.card_of` without.
+    """
     with record():
         arguments = case.prepare("meta")
+    chosen = {"card": card} if case.by_card else {}
     with record() as found:
-        case.launcher(*arguments)
+        case.launcher(*arguments, **chosen)
     return found

@@ -25,7 +25,7 @@ from fastshift import _operators_ref
 from fastshift.errors import CaptureError
 from fastshift.graphs import CapturedStep
 from fastshift.kernels import images, loss
-from fastshift.kernels.plan import Layer
+from fastshift.kernels.described import Layer
 from fastshift.testing import global_error
 
 __all__ = ["items"]

@@ -6,7 +6,8 @@
 Every listed kernel is compiled at named shapes of three spaces and its machine code is read: at
 one level of each space for one architecture, at one space's in every type for all three, and at
 further levels, stem and head too, where a kernel has a body that no other has; with `--all`,
-everything everywhere. No kernel runs on a GPU: there is no time in here. A floor is what
+everything everywhere. Launches that a card's figures choose are those of the card that they are
+compiled for. No kernel runs on a GPU: there is no time in here. A floor is what
 the card's published bandwidth and rates allow at best, a bound and not a time. The bytes that
 programs ask for are counted by Triton's interpreter, at the small shape alone.
 """
@@ -43,7 +44,8 @@ __all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of", "variant
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
 PROCESSES = 2  # that compile
-ELSEWHERE = ("bf16", (90,))  # of what no level has that stands for others
+# Of what no level has that stands for others; the cards after the first where one chooses launches.
+ELSEWHERE = ("bf16", (90, 80, 100))
 
 
 def key_of(launch: Launch) -> str:
@@ -64,7 +66,9 @@ def collect(
 ) -> Iterator[tuple[Case, Recording, tuple[int, ...]]]:
     """Yield the listed cases that a pattern finds, their recordings and their architectures.
 
-    Of levels that stand for others, every variant of a kernel that some level has is among them.
+    A case whose launches a card chooses comes once for each card, whose architecture its name ends
+    in. Of levels that stand for others, every variant of a kernel that some level has, by the
+    figures of some card, is among them.
 
     Args:
         sites: where the shapes come from.
@@ -76,18 +80,37 @@ def collect(
     for site in sites:
         place = network(site, whole=whole)
         for dtype in DTYPES if whole else site.targets:
-            for case in _with_tf32(cases(place, dtype)):
-                recording = recorded(case)
-                seen |= variants(recording)
-                if re.search(pattern, _name(case)):
-                    yield case, recording, tuple(CARDS) if whole else site.targets[dtype]
+            capabilities = tuple(CARDS) if whole else site.targets[dtype]
+            for found in _planned(_with_tf32(cases(place, dtype)), capabilities):
+                seen |= variants(found[1])
+                if re.search(pattern, _name(found[0])):
+                    yield found
     for site in () if whole else sites:
-        for case in cases(network(site), ELSEWHERE[0]):
-            recording = recorded(case)
-            if not variants(recording) <= seen:
-                seen |= variants(recording)
-                if re.search(pattern, _name(case)):
-                    yield case, recording, ELSEWHERE[1]
+        dtype, capabilities = ELSEWHERE
+        for found in _planned(cases(network(site), dtype), capabilities, capabilities[:1]):
+            if not variants(found[1]) <= seen:
+                seen |= variants(found[1])
+                if re.search(pattern, _name(found[0])):
+                    yield found
+
+
+def _planned(
+    found: Iterable[Case], cards: tuple[int, ...], others: tuple[int, ...] | None = None
+) -> Iterator[tuple[Case, Recording, tuple[int, ...]]]:
+    """Record cases: for each of some cards where it chooses the launches, once for all elsewhere.
+
+    Args:
+        found: as they are listed.
+        cards: by architecture.
+        others: those of a case that no card chooses, where they are not the same.
+    """
+    for case in found:
+        if not case.by_card:
+            yield case, recorded(case), cards if others is None else others
+            continue
+        for capability in cards:
+            own = replace(case, name=f"{case.name} sm_{capability}")
+            yield own, recorded(case, CARDS[capability]), (capability,)
 
 
 def _with_tf32(found: Iterable[Case]) -> Iterator[Case]:
@@ -130,7 +153,7 @@ def examine(
                 if str(capability) not in codes:
                     codes[str(capability)] = None
                     _JOBS.append((launch, capability, _name(case)))
-        rows[_name(case)] = _row(case, recording)
+        rows[_name(case)] = _row(case, recording, capabilities)
     with get_context("fork").Pool(min(PROCESSES, max(len(_JOBS), 1))) as pool:
         done = pool.imap(_compile, range(len(_JOBS)))
         for (launch, capability, name), (row, seconds) in zip(_JOBS, done, strict=True):
@@ -149,17 +172,19 @@ def _compile(index: int) -> tuple[dict[str, Any], float]:
     return row, time.perf_counter() - start
 
 
-def _row(case: Case, recording: Recording) -> dict[str, Any]:
+def _row(case: Case, recording: Recording, capabilities: tuple[int, ...]) -> dict[str, Any]:
+    card = CARDS[capabilities[0]] if case.by_card else None
     compulsory = case.read_bytes + case.written_bytes
     least = case.made_bytes if case.least_made_bytes is None else case.least_made_bytes
     return {
+        "cards": list(capabilities),
         "launches": [key_of(launch) for launch in recording.launches],
         "torch_launches": recording.torch_launches,
         "variants": sorted(variants(recording)),
         "budget": case.launches,
         "made_bytes": case.made_bytes,
         "least_made_bytes": least,
-        "scratch_bytes": case.scratch(case.dtype),
+        "scratch_bytes": case.scratch(case.dtype, card),
         "allocated_bytes": recording.allocated_bytes,
         "read_bytes": case.read_bytes,
         "written_bytes": case.written_bytes,

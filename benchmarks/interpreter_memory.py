@@ -1,7 +1,8 @@
 """Every access of a kernel under Triton's interpreter: its bytes counted, its addresses checked.
 
 The bytes are those that the programs ask for, without caches: what several programs or lanes read
-is counted each time.
+is counted each time. Of a tensor that a kernel calls `scratch_ptr` each program has a part of its
+own: what two of them touch is no less wrong than what stands outside.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Accesses:
         loaded_bytes, stored_bytes: of all lanes that no mask stopped; an atomic counts as both.
         programs: that ran.
         violations: a line for each access outside of the tensors that its launch was given (or
-            reaches by a table of addresses), or across two of them, with kernel and program.
+            reaches by a table of addresses), across two of them, or in another program's scratch,
+            with kernel and program.
     """
 
     loaded_bytes: int = 0
@@ -42,10 +44,14 @@ class Accesses:
     violations: list[str] = field(default_factory=list)
     _ranges: np.ndarray | None = None
     _kernel: str = ""
+    _scratch: tuple[int, int] = (0, 0)
+    _owners: np.ndarray | None = None  # of each two bytes of it: a program's number, 0 of none
 
-    def enter(self, kernel: str, tensors: Iterable[Tensor]) -> None:
+    def enter(self, kernel: str, tensors: Iterable[Tensor], scratch: Tensor | None) -> None:
         """Note what the next launch may touch: its tensors, and those in its address tables."""
         self._kernel = kernel
+        self._scratch = _range(scratch) if scratch is not None else (0, 0)
+        self._owners = np.zeros((self._scratch[1] - self._scratch[0]) // 2, np.int32)
         tensors = list(tensors)
         found = sorted({_range(tensor) for tensor in (*tensors, *_reached(tensors))})
         allowed: list[list[int]] = []
@@ -57,7 +63,7 @@ class Accesses:
         self._ranges = np.array(allowed, dtype=np.int64).reshape(-1, 2)
 
     def check(self, what: str, handle: TensorHandle, mask: np.ndarray) -> np.ndarray:
-        """Note lanes outside of every tensor and return the mask without them.
+        """Note lanes that are where their program must not be and return the mask without them.
 
         Args:
             what: the kind of access, for the message.
@@ -74,7 +80,21 @@ class Accesses:
             self._violation(what, address[outside], "outside of every tensor")
         elif len(np.unique(owner[mask])) > 1:
             self._violation(what, address[mask], "across several tensors")
-        return mask & inside
+        return self._in_own_scratch(what, address, mask & inside)
+
+    def _in_own_scratch(self, what: str, address: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Note lanes in another program's scratch and return the mask without them."""
+        first, end = self._scratch
+        there = mask & (address >= first) & (address < end)
+        if not there.any():
+            return mask
+        places = np.where(there, address - first, 0) // 2
+        owners = self._owners[places]
+        strange = there & (owners != 0) & (owners != self.programs)
+        if strange.any():
+            self._violation(what, address[strange], "in another program's scratch")
+        self._owners[places[there & ~strange]] = self.programs
+        return mask & ~strange
 
     def _violation(self, what: str, addresses: np.ndarray, where: str) -> None:
         program = interpreter.interpreter_builder.grid_idx
@@ -167,7 +187,8 @@ def watch() -> Iterator[Accesses]:
         return call(self, *args, **kwargs)
 
     def watched_run(self, *args, **kwargs):
-        found.enter(self.fn.__name__, _tensors([*args, *kwargs.values()]))
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        found.enter(self.fn.__name__, _tensors(named.values()), named.get("scratch_ptr"))
         return run(self, *args, **kwargs)
 
     with (

@@ -23,9 +23,11 @@ import torch
 from catalogue import DTYPES, Case, Inputs, Level, Network
 from torch import Tensor
 
+from fastshift.kernels.cards import Card
+from fastshift.kernels.described import Op
 from fastshift.kernels.infer import infer, scratch_bytes
 from fastshift.kernels.layer import backward, train
-from fastshift.kernels.plan import Op, plan_layer
+from fastshift.kernels.plan import plan_layer
 
 __all__ = ["catalogue"]
 
@@ -104,10 +106,10 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         shape = (*plan.out_size, plan.channels[1])
         return *_given(level, dtype, device), moments, level.layer, shape
 
-    def scratch(name: str) -> int:
+    def scratch(name: str, card: Card | None) -> int:
         precision = "tf32" if name == "tf32" else "ieee"
         device = torch.device("meta")
-        return scratch_bytes(level.layer, *level.rows[1:], device, DTYPES[dtype], precision)
+        return scratch_bytes(level.layer, *level.rows[1:], device, DTYPES[dtype], precision, card)
 
     yield Case(
         "layer_infer",
@@ -122,6 +124,7 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         made_bytes=out,
         least_made_bytes=out,
         scratch=scratch,
+        by_card=True,
         **common,
     )
 

@@ -18,7 +18,7 @@ from fastshift.kernels.addresses import plain
 from fastshift.kernels.plan import plan_layer
 from fastshift.population_layer import PopulationLayer
 
-__all__ = ["DTYPES", "backward", "has", "infer", "saved_floats", "train"]
+__all__ = ["DTYPES", "backward", "has", "hidden_bytes", "infer", "saved_floats", "train"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_KERNEL = 7  # of a depthwise convolution, whose weight's gradient a program holds
@@ -41,6 +41,19 @@ def saved_floats(
     """What `train` keeps of a node, whatever its choice; a smaller one leaves some untouched."""
     channels = next((op.in_channels for op in layer.ops if op), 1)
     return plan_layer(layer, *images, channels).kept_elements * dtype.itemsize // 4
+
+
+def hidden_bytes(
+    nodes: int,
+    layer: PopulationLayer,
+    images: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """What `infer` takes for hidden rows of so many nodes, of `[N, H, W, C]` above, in bytes."""
+    from fastshift.kernels import infer as kernels
+
+    return kernels.hidden_bytes(nodes, layer, *images, device, dtype, fp32_precision())
 
 
 def infer(

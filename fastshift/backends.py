@@ -15,6 +15,9 @@ from fastshift.errors import ConfigError
 __all__ = ["BACKENDS", "backend", "backends", "cuda_backend", "is_interpreted", "why_no_triton"]
 
 OLDEST_TRITON = (3, 6)  # of those that the kernels were compiled with
+# Of the devices: their tiles take 96 KiB of shared memory, and products of bfloat16 and TF32 run on
+# tensor cores. For older ones no kernel was compiled and looked at.
+OLDEST_CAPABILITY = (8, 0)
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -26,7 +29,7 @@ def backends() -> dict[str, str | None]:
 def _reason(name: str) -> str | None:
     if name != "triton":
         return None
-    lacking = _lacks_triton()
+    lacking = _lacking(None)
     if lacking:
         return lacking
     if not is_interpreted() and not torch.cuda.is_available():
@@ -48,6 +51,22 @@ def _lacks_triton() -> str | None:
     return None
 
 
+def _lacking(device: torch.device | None) -> str | None:
+    """Why the kernels cannot run on a CUDA device, the current one where none is given."""
+    return _lacks_triton() or _lacks_capability(device)
+
+
+def _lacks_capability(device: torch.device | None) -> str | None:
+    if is_interpreted() or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found >= OLDEST_CAPABILITY:
+        return None
+    shown, wanted = (".".join(map(str, version)) for version in (found, OLDEST_CAPABILITY))
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {shown}; expected {wanted} or newer"
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on tensors of any device."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
@@ -66,17 +85,23 @@ def backend() -> str:
     return name
 
 
-def cuda_backend() -> str:
+def cuda_backend(device: torch.device | None = None) -> str:
     """Likewise on a CUDA device: `triton`, or `reference`.
 
+    Args:
+        device: as for `why_no_triton`.
+
     Raises:
-        ConfigError: the one asked for is unknown, or is Triton's and cannot be compiled.
+        ConfigError: the one asked for is unknown, or is Triton's and cannot run there.
     """
-    return "triton" if why_no_triton() is None else "reference"
+    return "triton" if why_no_triton(device) is None else "reference"
 
 
-def why_no_triton() -> str | None:
+def why_no_triton(device: torch.device | None = None) -> str | None:
     """Why Triton's kernels do not run on a CUDA device; None where they do.
+
+    Args:
+        device: the current one without.
 
     Raises:
         ConfigError: as for `cuda_backend`.
@@ -84,7 +109,7 @@ def why_no_triton() -> str | None:
     asked = _asked("triton")
     if asked != "triton":
         return f"FASTSHIFT_BACKEND={asked}"
-    lacking = _lacks_triton()
+    lacking = _lacking(device)
     if lacking and os.environ.get("FASTSHIFT_BACKEND"):
         raise ConfigError(f"FASTSHIFT_BACKEND: 'triton' cannot run: {lacking}")
     return lacking

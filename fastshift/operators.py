@@ -77,7 +77,7 @@ def _wanted(rows: Tensor) -> str:
                 "TRITON_INTERPRET=1, for tests without a GPU, is not set"
             )
         return name
-    return cuda_backend() if rows.device.type == "cuda" else "reference"
+    return cuda_backend(rows.device) if rows.device.type == "cuda" else "reference"
 
 
 def layer_infer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakMethod
 
 import torch
@@ -21,7 +21,7 @@ from fastshift.graphs import CapturedStep
 from fastshift.node_tables import Nodes, NodeTables
 from fastshift.row_buffers import InferRows
 from fastshift.static_levels import buckets
-from fastshift.static_operators import layer_infer_into, layer_train_into
+from fastshift.static_operators import infer_bytes, layer_infer_into, layer_train_into
 from fastshift.static_state import StaticState
 from fastshift.trie import Segment
 
@@ -36,7 +36,8 @@ class Wanted:
 
     Attributes:
         key: what it does.
-        num_bytes: that it reads and writes, some; of its size is what it needs beside.
+        num_bytes: that it takes beside the buffers; or, where these are not known, that it reads
+            and writes, some: of that size is then what it takes.
         function: does it.
     """
 
@@ -132,7 +133,9 @@ class PopulationPass:
                 sizes += [(nodes, False) for nodes in buckets(level.capacity)]
             for nodes, trunk in sizes:
                 key = (kind, position, nodes, trunk)
-                yield self._of_level(key, function, position, nodes, trunk)
+                wanted = self._of_level(key, function, position, nodes, trunk)
+                taken = self._infer_bytes(position, nodes) if kind == "infer" else None
+                yield wanted if taken is None else replace(wanted, num_bytes=taken)
         yield from self._of_leaves("score", self._score)
 
     def _of_level(
@@ -142,6 +145,11 @@ class PopulationPass:
         elements = math.prod(level.in_size) + math.prod(level.out_size)
         num_bytes = nodes * self.num_images * elements * self.state.dtype.itemsize
         return Wanted(key, num_bytes, _weakly(function, position, nodes, *given))
+
+    def _infer_bytes(self, position: int, nodes: int) -> int | None:
+        level, state = self.state.level(position), self.state
+        images = (self.num_images, *level.in_size)
+        return infer_bytes(nodes, images, state.device, state.dtype, level.parameters, level.text)
 
     def _of_leaves(self, name: str, function: Callable) -> Iterator[Wanted]:
         last = self.state.levels[-1]

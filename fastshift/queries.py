@@ -324,7 +324,7 @@ def _print_steps() -> None:
         try:
             wanted, why = wanted_steps(torch.device(kind))
         except ConfigError:  # said last
-            wanted, why = "nothing", "FASTSHIFT_STEPS is unknown"
+            wanted, why = "nothing", "FASTSHIFT_STEPS or FASTSHIFT_BACKEND cannot run"
         graphs = "CUDA graphs over static buffers"
         static = graphs if kind == "cuda" else "static buffers, no graphs"
         how = {"static": static, "modules": "one after the other, from Python"}

@@ -24,7 +24,7 @@ from fastshift.operators import (
 )
 from fastshift.population_layer import parse_layer
 
-__all__ = ["layer_backward_into", "layer_infer_into", "layer_train_into"]
+__all__ = ["infer_bytes", "layer_backward_into", "layer_infer_into", "layer_train_into"]
 
 
 def layer_infer_into(
@@ -103,6 +103,27 @@ def layer_backward_into(
     torch.ops.fastshift.layer_backward_into.default(
         d_rows, gradients, d_out, rows, parent, choice, parameters, statistics, saved, layer
     )
+
+
+def infer_bytes(
+    nodes: int,
+    images: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: Sequence[Tensor],
+    layer: str,
+) -> int | None:
+    """Memory that `layer_infer_into` takes beside what it is given, in bytes; None if not known.
+
+    Args:
+        nodes: whose rows it gives.
+        images: their number, height, width and channels, as the rows above have them.
+        device, dtype: of the rows.
+        parameters, layer: as for `layer_infer_into`.
+    """
+    if not _is_triton(torch.empty(0, dtype=dtype, device=device), parameters, layer):
+        return None
+    return _operators_triton.hidden_bytes(nodes, parse_layer(layer), images, device, dtype)
 
 
 def _is_triton(rows: Tensor, parameters: Sequence[Tensor], layer: str) -> bool:

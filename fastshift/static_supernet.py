@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastshift.backends import backend
+from fastshift.backends import backend, why_no_triton
 from fastshift.device import fp32_precision
 from fastshift.errors import ConfigError, UnsupportedError
 from fastshift.layers import ConvUnit
@@ -52,7 +52,8 @@ def wanted_steps(device: torch.device) -> tuple[str, str]:
     """What is asked for on a device, `static` or `modules`, and why.
 
     Raises:
-        ConfigError: `FASTSHIFT_STEPS` is neither.
+        ConfigError: `FASTSHIFT_STEPS` is neither, or `FASTSHIFT_BACKEND` asks for kernels that
+            cannot run there.
     """
     asked = os.environ.get("FASTSHIFT_STEPS")
     if asked:
@@ -60,7 +61,8 @@ def wanted_steps(device: torch.device) -> tuple[str, str]:
             raise ConfigError(f"FASTSHIFT_STEPS: {asked!r}; expected one of {', '.join(STEPS)}")
         return asked, f"FASTSHIFT_STEPS={asked}"
     if device.type == "cuda":
-        return "static", "on a CUDA device"
+        lacking = why_no_triton(device)
+        return ("modules", lacking) if lacking else ("static", "on a CUDA device")
     return "modules", "graphs need a CUDA device"
 
 

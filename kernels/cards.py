@@ -12,7 +12,7 @@ import torch
 __all__ = ["CARDS", "Card", "card_of"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Card:
     """A card's published figures; rates are dense, in multiply-adds a second, two FLOP each.
 

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from fastshift.kernels._launch import Launch
 from fastshift.kernels.addresses import ALIGNMENT, address_table
-from fastshift.kernels.cards import card_of
+from fastshift.kernels.cards import Card, card_of
+from fastshift.kernels.described import Layer
 from fastshift.kernels.infer_bands import BandPlan, Machine, choose_bands
+from fastshift.kernels.infer_bands_kernel import infer_bands_kernel
 from fastshift.kernels.infer_jobs import InferStep
-from fastshift.kernels.infer_kernels import infer_bands_kernel, infer_step_kernel
 from fastshift.kernels.infer_plan import InferPlan, plan_infer
+from fastshift.kernels.infer_step_kernel import infer_step_kernel
 from fastshift.kernels.infer_tiles import Blocks, block_sizes, num_tiles
-from fastshift.kernels.plan import Layer, refuse_capture
+from fastshift.kernels.plan import refuse_capture
 
-__all__ = ["infer", "scratch_bytes"]
+__all__ = ["hidden_bytes", "infer", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
@@ -96,30 +98,39 @@ def _compiled(
     return _Compiled(table, blocks, constants, step.num_jobs, **rest)
 
 
-def _machine(device: torch.device, dtype: torch.dtype, precision: str) -> Machine:
+def _machine(
+    device: torch.device, dtype: torch.dtype, precision: str, card: Card | None
+) -> Machine:
+    """What rows run on: the device that they are on, or a card that it stands for."""
     rates = {torch.float16: "fp16", torch.bfloat16: "bf16"}
     rate = rates.get(dtype, "tf32" if precision == "tf32" else "vector")
-    return Machine(*card_of(device), dtype.itemsize, rate)
+    found = (card, card.multiprocessors) if card else card_of(device)
+    return Machine(*found, dtype.itemsize, rate)
 
 
 # Never emptied, as `_launches` is not: a captured graph goes on reading a table where it was.
 @cache
 def _bands(
-    plan: InferPlan, device: torch.device, dtype: torch.dtype, precision: str
+    plan: InferPlan, device: torch.device, dtype: torch.dtype, precision: str, card: Card | None
 ) -> BandPlan | None:
-    return choose_bands(plan, _machine(device, dtype, precision))
+    return choose_bands(plan, _machine(device, dtype, precision, card))
 
 
 @cache
 def _launches(
-    plan: InferPlan, device: torch.device, dtype: torch.dtype, wide: bool, precision: str
+    plan: InferPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    wide: bool,
+    precision: str,
+    card: Card | None,
 ) -> list[_Compiled]:
     refuse_capture(device, "a layer's plan")
-    bands = _bands(plan, device, dtype, precision)
+    bands = _bands(plan, device, dtype, precision, card)
     if bands is not None:
         return [_compiled(bands.step, bands.blocks, device, wide, precision, bands=bands)]
     found = []
-    tensor_cores = _machine(device, dtype, precision).tensor_cores
+    tensor_cores = _machine(device, dtype, precision, card).tensor_cores
     for step in plan.steps:
         blocks = block_sizes(step, plan.images, dtype.itemsize, tensor_cores)
         tiles = num_tiles(step, plan.images, blocks)
@@ -136,6 +147,7 @@ def scratch_bytes(
     device: torch.device,
     dtype: torch.dtype,
     precision: str = "ieee",
+    card: Card | None = None,
 ) -> int:
     """Bytes of all programs' scratches together, whatever the population: 0 for a launch a stage.
 
@@ -143,11 +155,33 @@ def scratch_bytes(
         layer: hashed by identity.
         images, height, width, channels: of the rows above, `[R, N, H, W, C]`.
         device, dtype: of the rows.
-        precision: as `infer`'s.
+        precision, card: as `infer`'s.
     """
     plan = plan_infer(layer, images, height, width, channels)
-    whole = _bands(plan, device, dtype, precision)
+    whole = _bands(plan, device, dtype, precision, card)
     return whole.programs * whole.scratch * dtype.itemsize if whole else 0
+
+
+def hidden_bytes(
+    nodes: int,
+    layer: Layer,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "ieee",
+) -> int:
+    """Bytes that `infer` takes for hidden rows: scratches, or buffers of that many nodes.
+
+    Args:
+        nodes: of a call, padding among them.
+        layer, images, height, width, channels, device, dtype, precision: as `scratch_bytes`'s.
+    """
+    given = layer, images, height, width, channels
+    in_buffers = nodes * sum(plan_infer(*given).hidden) * dtype.itemsize
+    return scratch_bytes(*given, device, dtype, precision) or in_buffers
 
 
 def infer(
@@ -161,6 +195,7 @@ def infer(
     *,
     precision: str = "ieee",
     out: Tensor | None = None,
+    card: Card | None = None,
 ) -> Tensor:
     """Compute a level's nodes with batch norms that normalise by given moments.
 
@@ -174,6 +209,7 @@ def infer(
         shape: of a node's row: height, width, channels.
         precision: of a product of float32: `ieee`, or `tf32`, on tensor cores.
         out: memory for what is returned, contiguous.
+        card: whose figures choose the launches; those of the rows' device without.
 
     Returns:
         The nodes' rows, `[M, N, H', W', C']`, of the type of `rows`.
@@ -192,7 +228,7 @@ def infer(
     parent, choice = parent.contiguous(), choice.contiguous()
     plan = plan_infer(layer, *rows.shape[1:])
     addresses, wide = address_table(parameters, rows.device)
-    launches = _launches(plan, rows.device, rows.dtype, wide, precision)
+    launches = _launches(plan, rows.device, rows.dtype, wide, precision, card)
     sizes = rows[0].numel(), out[0].numel(), moments.shape[1]
     nodes = moments, parent, choice
     if launches and launches[0].bands:

@@ -201,10 +201,14 @@ def _with_band(chain: Sequence[Job], band: _Band) -> tuple[Job, ...]:
     """A choice's jobs with their places in the scratch."""
     sizes = _places(chain, band.images, band.rows)
     starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
-    of_band = {"band_images": band.images, "band_rows": band.rows, "bands_down": band.down}
+    of_band = {
+        "band_images": band.images,
+        "band_rows": band.rows,
+        "bands_down": band.down,
+    }
     found = []
     for index, job in enumerate(chain):
-        own = dict(of_band)
+        own = of_band | {"jobs_behind": len(chain) - 1 - index}
         if job["from_hidden"]:
             own["source_at"] = starts[job["source_at"]]
         if job["to_hidden"]:

@@ -3,7 +3,8 @@
 A job is a stage of a chain, or channels that are copied. Its columns say what it reads, computes
 and writes, and, for a launch that goes through a chain in bands of rows, which rows of its result a
 band needs: of `n` rows of the node's row from row `y` on these are `times (n - 1) + reach` rows
-from `times y - before` on.
+from `times y - before` on. A band has `band_images` images and `band_rows` rows, `bands_down` of
+them are an image, and `jobs_behind` jobs of the choice follow in each.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ COLUMNS = (
     "band_images",
     "band_rows",
     "bands_down",
+    "jobs_behind",
 )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 
+from fastshift.kernels.described import Layer, Op, Unit
 from fastshift.kernels.infer_jobs import (
     ADD_OUTPUT,
     ADD_ROW,
@@ -25,7 +26,6 @@ from fastshift.kernels.infer_jobs import (
     InferStep,
     Job,
 )
-from fastshift.kernels.plan import Layer, Op, Unit
 from fastshift.kernels.plan_records import LINE
 
 __all__ = ["InferPlan", "plan_infer"]

@@ -14,23 +14,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastshift.kernels.infer_jobs import COLUMNS, KINDS
+from fastshift.kernels.infer_fields import (
+    ADD,
+    COPY,
+    DEPTHWISE,
+    HEIGHT,
+    KERNEL,
+    OUT_WIDTH,
+    PAIR,
+    POINTWISE,
+    PRODUCT,
+    SOURCE_ROW,
+    SPATIAL,
+    STRIDE,
+    TARGET_ROW,
+    WIDTH,
+    multiple,
+    number,
+)
 from fastshift.kernels.norm import load_channels
 from fastshift.kernels.record import parameter_at
 
 __all__ = ["stage_tile"]
 
-_POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = (tl.constexpr(i) for i in range(len(KINDS)))
-_SOURCE_ROW = tl.constexpr(COLUMNS.index("source_row"))
-_HEIGHT = tl.constexpr(COLUMNS.index("height"))
-_WIDTH = tl.constexpr(COLUMNS.index("width"))
-_OUT_WIDTH = tl.constexpr(COLUMNS.index("out_width"))
-_KERNEL = tl.constexpr(COLUMNS.index("kernel"))
-_STRIDE = tl.constexpr(COLUMNS.index("stride"))
-_TARGET_ROW = tl.constexpr(COLUMNS.index("target_row"))
-_ADD = tl.constexpr(COLUMNS.index("add"))
-_SPATIAL = tl.constexpr(COLUMNS.index("spatial_weight"))
-_PRODUCT = tl.constexpr(COLUMNS.index("weight"))
 # From a unit's first column on.
 _SCALE, _SHIFT, _MOMENTS, _RELU, _EPS = (tl.constexpr(i) for i in range(1, 6))
 
@@ -80,7 +86,7 @@ def _depthwise(
     ADDRESS_ALIGN: tl.constexpr,
 ):
     """`[P, BLOCK]` channels from `start` on of a depthwise unit, normalised and activated."""
-    unit = job + _SPATIAL
+    unit = job + SPATIAL
     weight_ptr = parameter_at(address_ptr, tl.load(unit), ADDRESS_ALIGN)
     offs_c = start + tl.arange(0, BLOCK)
     weight_ptrs = weight_ptr + offs_c * (kernel * kernel)
@@ -144,11 +150,10 @@ def stage_tile(
     Positions count through `rows` rows of each image, from row `low` of the result on; of the
     source `source_rows` rows of each image are there, from row `source_low` on.
     """
-    height, width = tl.load(job + _HEIGHT).to(tl.int32), tl.load(job + _WIDTH).to(tl.int32)
-    out_width = tl.load(job + _OUT_WIDTH).to(tl.int32)
+    height, width, out_width = number(job, HEIGHT), number(job, WIDTH), number(job, OUT_WIDTH)
     out_size = rows * out_width
-    kernel, stride = tl.load(job + _KERNEL).to(tl.int32), tl.load(job + _STRIDE).to(tl.int32)
-    row = tl.multiple_of(tl.load(job + _SOURCE_ROW).to(tl.int32), ALIGN)
+    kernel, stride = number(job, KERNEL), number(job, STRIDE)
+    row = multiple(job, SOURCE_ROW, ALIGN)
 
     # Offsets count from the tile's first image on, where 32 bits do.
     first_image = first // out_size
@@ -163,24 +168,24 @@ def stage_tile(
     x = (inside - out_y * out_width) * stride - kernel // 2
     corner = ((image - first_image) * source_rows + y - source_low) * width + x
 
-    WIDTH: tl.constexpr = BLOCK_D if KIND == _DEPTHWISE else BLOCK_N
-    offs_n = start_n + tl.arange(0, WIDTH)
+    BLOCK_C: tl.constexpr = BLOCK_D if KIND == DEPTHWISE else BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_C)
     mask_n = offs_n < out_channels
-    if KIND == _COPY:
+    if KIND == COPY:
         # Of a split the even channels pass.
         out = load_channels(
-            source_ptr, corner * row, mask_p, start_n, out_channels, WIDTH, 2 - 2 * PART
+            source_ptr, corner * row, mask_p, start_n, out_channels, BLOCK_C, 2 - 2 * PART
         )
-    elif KIND == _DEPTHWISE:
+    elif KIND == DEPTHWISE:
         out = _depthwise(
             job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width, row,
-            kernel, start_n, out_channels, WIDTH, 2 - PART, ADDRESS_ALIGN,
+            kernel, start_n, out_channels, BLOCK_C, 2 - PART, ADDRESS_ALIGN,
         )  # fmt: skip
     else:
-        weight_ptr = parameter_at(address_ptr, tl.load(job + _PRODUCT), ADDRESS_ALIGN)
+        weight_ptr = parameter_at(address_ptr, tl.load(job + PRODUCT), ADDRESS_ALIGN)
         sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
         offs_k = tl.arange(0, BLOCK_K)
-        if KIND == _PAIR:
+        if KIND == PAIR:
             for start in range(0, in_channels, BLOCK_K):
                 values = _depthwise(
                     job, source_ptr, moments_ptr, address_ptr, corner, y, x, mask_p, height, width,
@@ -190,7 +195,7 @@ def stage_tile(
                 mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
                 weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
                 sums = _dot(values, weight, sums, PRECISION, UPCAST)
-        elif KIND == _POINTWISE:
+        elif KIND == POINTWISE:
             for start in range(0, in_channels, BLOCK_K):
                 values = load_channels(
                     source_ptr, corner * row, mask_p, start, in_channels, BLOCK_K, 2 - PART
@@ -213,14 +218,14 @@ def stage_tile(
                     mask = (start + offs_k < in_channels)[:, None] & mask_n[None, :]
                     weight = tl.load(weight_ptr + at * kernel * kernel + tap, mask=mask, other=0.0)
                     sums = _dot(values, weight, sums, PRECISION, UPCAST)
-        unit = job + _PRODUCT
+        unit = job + PRODUCT
         out = _normalise(sums, unit, moments_ptr, address_ptr, offs_n, out_channels, ADDRESS_ALIGN)
 
-    target_row = tl.multiple_of(tl.load(job + _TARGET_ROW).to(tl.int32), ALIGN)
+    target_row = multiple(job, TARGET_ROW, ALIGN)
     begin = tl.multiple_of(first.to(tl.int64) * target_row, ALIGN)
     offs = tl.arange(0, BLOCK_P)[:, None] * target_row + offs_n[None, :]
     mask = mask_p[:, None] & mask_n[None, :]
-    if ADDS and KIND != _COPY:
-        wanted = tl.load(job + _ADD) != 0
+    if ADDS and KIND != COPY:
+        wanted = tl.load(job + ADD) != 0
         out += tl.load(add_ptr + begin + offs, mask=mask & wanted, other=0.0).to(tl.float32)
     tl.store(target_ptr + begin + offs, out.to(target_ptr.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""A population layer in training, launch by launch: buffers, grids and the order of the kernels.
+"""A population layer in training: its buffers, and its launches one after the other.
 
 Forward: one launch for each step of the plan, one for the frames. Backward: one for the frames,
 then one for each step in reverse, which has both its convolution's gradients. Beside them one
@@ -8,38 +8,18 @@ the first time that a layer, a size or a parameter's place is seen, so all of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
-from fastshift.kernels._launch import Launch, ceil_div, warps_of
 from fastshift.kernels.addresses import address_table
-from fastshift.kernels.convolution import convolution_fwd_kernel
-from fastshift.kernels.convolution_gradients import convolution_bwd_kernel
-from fastshift.kernels.frames import frame_bwd_kernel, frame_fwd_kernel
-from fastshift.kernels.layer_shares import (
-    FRAME_PIXELS,
-    ForwardShares,
-    FrameGradientShares,
-    GradientShares,
-    Shares,
-    frame_block,
-)
-from fastshift.kernels.plan import LayerPlan, Step
+from fastshift.kernels.layer_launches import backward_launches, backward_shares, train_launches
+from fastshift.kernels.layer_shares import ForwardShares, Shares
+from fastshift.kernels.plan import LayerPlan
 from fastshift.kernels.record import Backward, Forward
 
-__all__ = ["backward", "backward_launches", "is_interpreted", "train", "train_launches"]
-
-FEW_REGISTERS, MANY_REGISTERS = 128, 224  # of a thread: 512 threads fit, or 256
-
-
-@cache
-def is_interpreted() -> bool:
-    """Whether `TRITON_INTERPRET=1` was set when the kernels were loaded."""
-    return not isinstance(convolution_fwd_kernel, triton.runtime.jit.JITFunction)
+__all__ = ["backward", "train"]
 
 
 def _raw_rows(plan: LayerPlan, nodes: int, elements: int, rows: Tensor) -> Tensor:
@@ -110,70 +90,6 @@ def _counters(shares: Sequence[Shares], device: torch.device) -> Tensor:
     return torch.zeros(sum(s.counters for s in shares), dtype=torch.int32, device=device)
 
 
-def train_launches(b: Forward, plan: LayerPlan, precision: str) -> Iterator[Launch]:
-    """The launches of a forward pass, in their order."""
-    nodes, dtype = b.choice.shape[0], b.rows.dtype
-    counters = 0
-    for step in plan.steps:
-        own = ForwardShares(plan, step, nodes, dtype)
-        yield Launch(
-            convolution_fwd_kernel,
-            (own.items * own.parts * own.tiles,),
-            (b,),
-            {
-                "first": step.first,
-                "width": step.c_out,
-                "chunk": own.chunk,
-                "parts": own.parts,
-                "tiles": own.tiles,
-                "counters": counters,
-                **_options(plan, step, dtype, precision),
-                "BLOCK_P": own.blocks.pixels,
-                "BLOCK_C": own.blocks.channels,
-                "BLOCK_K": own.blocks.depth,
-            },
-            num_warps=own.blocks.warps,
-            num_stages=own.blocks.stages,
-            max_registers=_registers(step, dtype),
-        )
-        counters += own.counters
-    parts, block = ceil_div(plan.out_pixels, FRAME_PIXELS), frame_block(plan)
-    tiles = ceil_div(plan.channels[1], block)
-    yield Launch(
-        frame_fwd_kernel,
-        (nodes * parts * tiles,),
-        (b,),
-        {
-            "parts": parts,
-            "tiles": tiles,
-            "ALIGN": plan.align,
-            "BLOCK_P": FRAME_PIXELS,
-            "BLOCK_C": block,
-        },
-        num_warps=warps_of(FRAME_PIXELS, block, 4),
-    )
-
-
-def _registers(step: Step, dtype: torch.dtype) -> int:
-    """The most of a thread, forward: few where nothing is spilled then."""
-    few = step.depthwise or not (step.continues or dtype is torch.float32)
-    return FEW_REGISTERS if few else MANY_REGISTERS
-
-
-def _options(plan: LayerPlan, step: Step, dtype: torch.dtype, precision: str) -> dict:
-    """What both kernels of a step have in common."""
-    return {
-        "LANES": step.lanes,
-        "DEPTHWISE": step.depthwise,
-        "MOVES": step.moves,
-        "SPLITS": step.splits,
-        "CONTINUES": step.continues,
-        "ALIGN": plan.align,
-        "PRECISION": precision,
-        "UPCAST": is_interpreted() and dtype is torch.bfloat16,
-    }
-
-
 def backward(
     d_out: Tensor,
     rows: Tensor,
@@ -216,7 +132,7 @@ def backward(
         row_sums = torch.empty(d_rows.shape, dtype=torch.float32, device=device)
     table, frames = plan.tables(device, kept=True)
     addresses, _ = address_table(parameters, device)
-    shares = _shares(plan, nodes, rows.shape[0] if needs_rows else 0, rows.dtype)
+    shares = backward_shares(plan, nodes, rows.shape[0] if needs_rows else 0, rows.dtype)
     weight_floats = max((own.weight_floats for own in shares[1:]), default=0)
     floats = max(own.partial_floats for own in shares)
     totals = plan.totals_floats * nodes
@@ -243,83 +159,3 @@ def backward(
     for launch in backward_launches(buffers, gradients, plan, needs_rows, precision, adds):
         launch()
     return d_rows, gradients
-
-
-def _shares(
-    plan: LayerPlan, nodes: int, rows: int, dtype: torch.dtype
-) -> list[FrameGradientShares | GradientShares]:
-    """Of all launches of a backward pass, in their order."""
-    steps = [GradientShares(plan, step, nodes, rows, dtype) for step in reversed(plan.steps)]
-    return [FrameGradientShares(plan, nodes, rows), *steps]
-
-
-def backward_launches(
-    b: Backward,
-    gradients: Sequence[Tensor],
-    plan: LayerPlan,
-    needs_rows: bool,
-    precision: str,
-    adds: bool,
-) -> Iterator[Launch]:
-    """The launches of a backward pass, in their order."""
-    nodes, dtype = b.choice.shape[0], b.rows.dtype
-    frame, *steps = _shares(plan, nodes, b.rows.shape[0] if needs_rows else 0, dtype)
-    yield Launch(
-        frame_bwd_kernel,
-        (frame.node_programs + frame.row_programs,),
-        (b, tuple(gradients)),
-        {
-            "nodes": nodes,
-            "width": frame.width,
-            "chunk": frame.chunk,
-            "parts": frame.parts,
-            "tiles": frame.tiles,
-            "row_parts": frame.row_parts,
-            "row_tiles": frame.row_tiles,
-            "node_programs": frame.node_programs,
-            "ROWS": needs_rows,
-            "ALIGN": plan.align,
-            "BLOCK_P": FRAME_PIXELS,
-            "BLOCK_C": frame.block,
-        },
-        num_warps=warps_of(FRAME_PIXELS, frame.block, 4),
-    )
-    counters = frame.counters
-    # Sums in float32 go on until the last launch that adds to them, which rounds them once.
-    entering = [step for step in plan.steps if step.enters]
-    for own, step in zip(steps, reversed(plan.steps), strict=True):
-        ends = step is entering[0]
-        yield Launch(
-            convolution_bwd_kernel,
-            (own.programs,),
-            (b if ends else b._replace(d_rows=b.sums),),
-            {
-                "first": step.first,
-                "nodes": nodes,
-                "width": step.c_in,
-                "chunk": own.chunk,
-                "parts": own.parts,
-                "tiles": own.tiles,
-                "row_tiles": own.row_tiles,
-                "node_programs": own.node_programs,
-                "row_programs": own.row_programs,
-                "splits": own.splits,
-                "o_tiles": own.o_tiles,
-                "i_tiles": own.i_tiles,
-                "taps_most": own.taps_most,
-                "counters": counters,
-                **_options(plan, step, dtype, precision),
-                "ENTERS": step.enters and needs_rows,
-                "ADDS": adds,
-                "BLOCK_P": own.blocks.pixels,
-                "BLOCK_C": own.blocks.channels,
-                "BLOCK_K": own.blocks.depth,
-                "BLOCK_O": own.weight_out,
-                "BLOCK_I": own.blocks.weight_in,
-                "BLOCK_D": own.blocks.weight_pixels,
-            },
-            num_warps=own.blocks.warps,
-            num_stages=own.blocks.stages,
-            max_registers=MANY_REGISTERS,
-        )
-        counters += own.counters

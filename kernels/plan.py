@@ -16,11 +16,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastshift.kernels.described import Layer, Op, Unit
 from fastshift.kernels.plan_records import FIELDS, HEADER, LINE, frame_records, step_records
 
 __all__ = [
@@ -31,39 +31,6 @@ __all__ = [
     "refuse_capture",
     "supersequence",
 ]
-
-
-class Unit(Protocol):
-    """A convolution, a batch norm and perhaps a ReLU."""
-
-    depthwise: bool
-    in_channels: int
-    out_channels: int
-    kernel: int
-    stride: int
-    relu: bool
-    eps: float
-    scale: bool
-    shift: bool
-
-
-class Op(Protocol):
-    """A candidate op: units of a main chain, then of a shortcut, in a frame."""
-
-    units: Sequence[Unit]
-    main: int
-    frame: str
-    splits: bool
-    in_channels: int
-    out_channels: int
-    channels: int
-
-
-class Layer(Protocol):
-    """The candidate ops of a level, None for an identity; where each one's parameters begin."""
-
-    ops: Sequence[Op | None]
-    first_parameter: Sequence[int]
 
 
 def supersequence(words: Sequence[str]) -> str:

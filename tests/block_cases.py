@@ -15,6 +15,7 @@ from fastshift.ops import (
     Op,
     Unit,
     conv,
+    identity,
     inverted_residual,
     projection,
     shuffle_unit,
@@ -24,6 +25,30 @@ from fastshift.testing import FLOORS
 
 # Of the op's largest gradient, for one that is zero by symmetry.
 ABSOLUTE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def op_of(units, frame, stride=1, shortcut=()):
+    """An op of (kind, in, out, kernel, stride, activation), its channels from its units'."""
+    units, shortcut = (tuple(Unit(*u) for u in chain) for chain in (units, shortcut))
+    c_in, c_out = units[0].in_channels, units[-1].out_channels
+    return Op("op", c_in, c_out, stride, units, Frame(frame, shortcut))
+
+
+def every_frame(c, expansion, kernels):
+    """An op of each frame that keeps its rows' size; an identity first."""
+    return [
+        identity(c),
+        inverted_residual(c, c, 1, expansion, kernels[0]),
+        shuffle_unit(c, c, 1, kernels[1]),
+        conv(c, c, 3, 1),
+        shuffle_xception(c, c, 1),
+    ]
+
+
+def strided_shortcut(c):
+    """Residual, with a strided 1x1 beside a depthwise unit and its product."""
+    main = [("depthwise", c, c, 3, 2), ("pointwise", c, 2 * c, 1, 1, None)]
+    return op_of(main, "residual", 2, [("pointwise", c, 2 * c, 1, 2, None)])
 
 
 def chain(c):

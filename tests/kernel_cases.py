@@ -6,15 +6,11 @@ import math
 
 import pytest
 import torch
-from block_cases import seeded
+from block_cases import every_frame, op_of, seeded
 
 from fastshift.kernels import _launch
 from fastshift.operators import layer_train
 from fastshift.ops import (
-    Frame,
-    Op,
-    Unit,
-    conv,
     identity,
     inverted_residual,
     projection,
@@ -28,13 +24,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cpu" is Triton's int
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def op_of(units, frame, stride=1, shortcut=()):
-    """An op of (kind, in, out, kernel, stride, activation), its channels from its units'."""
-    units, shortcut = (tuple(Unit(*u) for u in chain) for chain in (units, shortcut))
-    c_in, c_out = units[0].in_channels, units[-1].out_channels
-    return Op("op", c_in, c_out, stride, units, Frame(frame, shortcut))
 
 
 def _rare(c):
@@ -54,13 +43,7 @@ def _rare(c):
 
 
 OPS = {
-    "s1": lambda c: [
-        identity(c),
-        inverted_residual(c, c, 1, 2, 3),
-        shuffle_unit(c, c, 1, 3),
-        conv(c, c, 3, 1),
-        shuffle_xception(c, c, 1),
-    ],
+    "s1": lambda c: every_frame(c, 2, (3, 3)),
     "s2": lambda c: [
         projection(c, 2 * c, 2),
         inverted_residual(c, 2 * c, 2, 2, 3),

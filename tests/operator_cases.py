@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_cases import seeded
+from block_cases import every_frame, seeded, strided_shortcut
 from torch import nn
 
 from fastshift import cpu, levels
 from fastshift.layers import OpModule
 from fastshift.operators import layer_train
 from fastshift.ops import (
-    Frame,
-    Op,
-    Unit,
-    conv,
-    identity,
     inverted_residual,
     projection,
     shuffle_unit,
-    shuffle_xception,
 )
 from fastshift.population_layer import describe_layer, describe_op, parse_layer
 
-
-def _residual_shortcut(c):
-    main = (Unit("depthwise", c, c, 3, 2), Unit("pointwise", c, 2 * c, activation=None))
-    aside = (Unit("pointwise", c, 2 * c, stride=2, activation=None),)
-    return Op("residual_shortcut", c, 2 * c, 2, main, Frame("residual", aside))
-
-
 # Every frame, with and without a shortcut; choice 0 of the first is the identity.
 OPS = {
-    "s1": lambda c: [
-        identity(c),
-        inverted_residual(c, c, 1, 3, 3),
-        shuffle_unit(c, c, 1, 5),
-        conv(c, c, 3, 1),
-        shuffle_xception(c, c, 1),
-    ],
+    "s1": lambda c: every_frame(c, 3, (3, 5)),
     "s2": lambda c: [
         projection(c, 2 * c, 2),
         inverted_residual(c, 2 * c, 2, 3, 5),
         shuffle_unit(c, 2 * c, 2, 7),
-        _residual_shortcut(c),
+        strided_shortcut(c),
     ],
 }
 # Rows above, parent and choice of each node.

@@ -454,13 +454,15 @@ def test_spaces_are_listed_with_size_and_costs(capsys):
     assert "  block 6\n    0: identity, 0 FLOPs, 0 parameters" in shown
 
 
-def _info(capsys, monkeypatch, code=0, cuda=False, **environment):
+def _info(capsys, monkeypatch, code=0, cuda=False, capability=(9, 0), **environment):
     for name in ("FASTSHIFT_BACKEND", "FASTSHIFT_CPU_ISA", "FASTSHIFT_STEPS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert main(["info"]) == code
     return capsys.readouterr()
 
@@ -511,6 +513,21 @@ def test_info_says_where_training_batches_are_augmented(capsys, monkeypatch):
     assert "  cuda           on the GPU, of images in memory up to 1 GiB; of others" in shown
     shown = _info(capsys, monkeypatch, cuda=True, FASTSHIFT_BACKEND="reference").out
     assert "  cuda           on the host, a batch ahead: FASTSHIFT_BACKEND=reference;" in shown
+
+
+def test_info_says_that_a_device_is_too_old_for_the_kernels(capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    lacking = "a card has compute capability 7.5; expected 8.0 or newer"
+    shown = _info(capsys, monkeypatch, cuda=True, capability=(7, 5)).out
+    assert f"  triton     does not run: {lacking}\n" in shown
+    assert "  on CUDA        reference: " in shown
+    assert f"  cuda           modules: {lacking}\n" in shown
+    assert f"  cuda           on the host, a batch ahead: {lacking};" in shown
+    asked = {"code": 2, "cuda": True, "capability": (7, 5), "FASTSHIFT_BACKEND": "triton"}
+    assert f"'triton' cannot run: {lacking}" in _info(capsys, monkeypatch, **asked).err
+    shown = _info(capsys, monkeypatch, cuda=True, capability=(8, 0)).out
+    assert "  on CUDA        triton: " in shown
 
 
 def test_info_ends_with_what_cannot_run(capsys, monkeypatch):

@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from catalogue import DTYPES, Case, Inputs, Network, cases, record, recorded
-from gpu_static import collect, counted_bytes, variants
+from gpu_static import collect, counted_bytes, key_of, variants
 from interpreter_memory import watch
 from kernel_sites import SITES, SMALL, network
 from machine_code import compile_launch, occupancy, read_code
@@ -225,6 +227,7 @@ def _code(**changes):
 
 def _record(code=None, counted=100, **changes):
     case = {
+        "cards": [90],
         "launches": ["k 1"],
         "torch_launches": [],
         "variants": ["k FLAG=1"],
@@ -271,7 +274,8 @@ def _record(code=None, counted=100, **changes):
         (_record(_code(loads={"2": 3, "16": 2})), "3 loads of at most 16 bits"),
         (_record(made_bytes=9, allocated_bytes=4106), "4106 bytes made, needed are 9"),
         (_record(scratch_bytes=5, allocated_bytes=4112), "4112 bytes made, needed are 10"),
-        (_record(scratch_bytes=2**25), "a scratch of 33554432 bytes, at most 20971520"),
+        (_record(scratch_bytes=2**25), "a scratch of 33554432 bytes, at most 26214400"),
+        (_record(scratch_bytes=2**25, cards=[80]), "at most 20971520"),
         (_record(launches=["k 1", "k 1"]), "2 launches, the budget is 1"),
         (_record(torch_launches=["aten::sum"]), "2 launches, the budget is 1"),
     ],
@@ -314,6 +318,14 @@ def test_a_regression_is_named_and_its_reverse_is_none(found, words):
     assert len(lines) == 1
     assert words in lines[0]
     assert regressions(_record(), found) == []
+
+
+def test_a_change_of_form_is_named_in_either_direction():
+    one, stages = _record(), _record(launches=["s 1", "s 1"], budget=2)
+    stages["kernels"] = {"s 1": {"90": _code()}}
+    words = "op | site | bf16: it runs {}; in the record {}"
+    assert regressions(one, stages) == [words.format("k", "s")]
+    assert words.format("s", "k") in regressions(stages, one)
 
 
 def test_registers_are_compared_between_equal_compilers_alone():
@@ -389,7 +401,30 @@ def test_every_body_of_a_kernel_that_some_level_runs_stands_in_the_record():
     seen = {variant for case in found["cases"].values() for variant in case["variants"]}
     for site in SITES:
         for case in cases(network(site), "bf16"):
-            assert variants(recorded(case)) <= seen, (case.name, case.site)
+            for card in CARDS.values() if case.by_card else (None,):
+                assert variants(recorded(case, card)) <= seen, (case.name, case.site)
+
+
+def test_what_is_compiled_for_a_card_is_what_that_card_would_choose():
+    found = json.loads(RECORD.read_text())
+    site = SITES[2]
+    launches = {}
+    for case in cases(network(site, whole=False), "fp32"):
+        if case.name != "layer_infer":
+            assert not case.by_card
+            continue
+        in_tf32 = replace(case, launcher=partial(case.launcher, precision="tf32"))
+        for (precision, given), (capability, card) in product(
+            (("fp32", case), ("tf32", in_tf32)), CARDS.items()
+        ):
+            name = f"layer_infer sm_{capability} | {case.site} | {precision}"
+            keys = [key_of(launch) for launch in recorded(given, card).launches]
+            assert found["cases"][name]["launches"] == keys
+            assert found["cases"][name]["cards"] == [capability]
+            for key in keys:
+                assert str(capability) in found["kernels"][key]
+            launches.setdefault((case.site, precision), set()).add(tuple(keys))
+    assert max(map(len, launches.values())) > 1  # an A100 chooses another form than an H100
 
 
 def test_the_readme_says_for_how_many_levels_one_launch_is_chosen():
@@ -571,11 +606,12 @@ def test_a_barrier_over_all_memory_stands_behind_each_job_of_a_band(tmp_path):
     (barrier,) = (i for i, line in enumerate(lines) if line.strip() == "ttg.barrier all")
     stores = [i for i, line in enumerate(lines) if "tt.store" in line]
     assert max(stores) < barrier
-    # The next line ends the loop over jobs, which begins before the first store.
-    assert lines[barrier + 1].strip().startswith("}")
-    indent = len(lines[barrier]) - len(lines[barrier].lstrip())
-    begin = " " * (indent - 2) + "scf.for"
-    assert any(line.startswith(begin) for line in lines[: min(stores)])
+    # The next lines end a pass of the loop over jobs, which begins before the first store.
+    assert lines[barrier + 1].strip().startswith("scf.yield")
+    assert lines[barrier + 2].strip().startswith("}")
+    indent = " " * (len(lines[barrier]) - len(lines[barrier].lstrip()) - 2)
+    begin = re.compile(indent + r"%\w+ = scf\.while ")
+    assert any(begin.match(line) for line in lines[: min(stores)])
     assert "bar.sync" in assembly
     assert "ld.global.nc" not in assembly  # loads that may miss what the program has written
 

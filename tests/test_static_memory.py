@@ -7,21 +7,26 @@ import weakref
 from collections import Counter
 
 import pytest
+
+pytest.importorskip("triton")  # the loss and the update have their definition beside their kernel
+
 import torch
+from catalogue import record
 from static_cases import DATA, evaluator_of
 from torch import nn
 
-from fastshift import Evaluator, search
+from fastshift import Evaluator, population_pass, search, static_operators
 from fastshift.graphs import CapturedStep
+from fastshift.kernels.cards import card_of
+from fastshift.kernels.infer_bands import CACHE_SHARE
 from fastshift.population_pass import PopulationPass, StepCache
 from fastshift.row_buffers import Arena
 from fastshift.static_levels import buckets
+from fastshift.static_state import StaticState
 from fastshift.static_supernet import static_supernet
 from fastshift.testing import changed_tensors, random_archs, synthetic_data, tiny_supernet
 from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
-
-pytest.importorskip("triton")  # the loss and the update have their definition beside their kernel
 
 
 @pytest.fixture
@@ -231,6 +236,37 @@ def test_steps_are_made_in_falling_order_of_size(trains, static, monkeypatch):
     nodes = [step.key[2] for step in made if step.key[:2] == (name, 2)]
     assert nodes == sorted(nodes, reverse=True)
     assert nodes[0] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["stages", "bands"])
+def test_steps_of_scoring_are_made_in_the_order_of_the_memory_that_their_kernels_take(
+    dtype, static, monkeypatch
+):
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "triton")
+    # The operator itself hides what its kernels' launcher allocates.
+    monkeypatch.setattr(population_pass, "layer_infer_into", static_operators._infer_into)
+    state = StaticState(tiny_supernet(), (3, 8, 8), 4, 4, dtype)
+    made = PopulationPass(state, 16)
+    state.arena.reserve(made.rows.num_bytes)
+    made.rows.bind(state.arena)
+    taken = {}
+    for step in made._wanted("infer"):
+        if step.key[0] != "infer":
+            continue
+        _, position, nodes, _ = step.key
+        for _ in range(2):  # what the first makes once does not count
+            with record() as found:
+                step.function()
+        moments = nodes * state.levels[position].layer.moments_floats * 4
+        assert step.num_bytes == found.allocated_bytes - moments
+        names = {launch.name for launch in found.launches}
+        assert len(names) == 1
+        taken.setdefault((*names, position), set()).add(step.num_bytes)
+    in_bands = [sizes for (name, _), sizes in taken.items() if name == "infer_bands_kernel"]
+    assert bool(in_bands) is (dtype is torch.bfloat16)
+    for sizes in in_bands:  # all programs' scratches, whatever the number of nodes
+        (size,) = sizes
+        assert 0 < size <= CACHE_SHARE * card_of(state.device)[0].cache
 
 
 def test_an_update_whose_parameters_no_unit_has_is_by_modules_and_says_why(static):

@@ -102,13 +102,13 @@ class ArraySource(Source):
         plain = super().train_batches(positions, options=options, normalise=normalise, flip=flip)
         if not options.device.startswith("cuda"):
             return plain
-        if why := self._why_on_host(len(positions)):
-            plain.augmented = f"on the host: {why}"
-            return plain
         try:
             device = parse_device(options.device)
         except ValueError as error:
             raise DataError(f"device={options.device!r}: {error}") from error
+        if why := self._why_on_host(len(positions), device):
+            plain.augmented = f"on the host: {why}"
+            return plain
         return UploadedTrainBatches(
             device=device,
             source=self,
@@ -119,7 +119,7 @@ class ArraySource(Source):
             augmentation=plain.augmentation,
         )
 
-    def _why_on_host(self, num: int) -> str | None:
+    def _why_on_host(self, num: int, device: torch.device) -> str | None:
         """Why so many images cannot be augmented on a GPU; None where they can."""
         num_bytes = num * self.images[:1].numel()
         if num_bytes > MOST_BYTES:
@@ -127,7 +127,7 @@ class ArraySource(Source):
                 f"{num_bytes / 2**30:.2f} GiB of images, more than the {MOST_BYTES / 2**30:.2f} "
                 "that are kept on a GPU"
             )
-        lacking = why_no_triton()
+        lacking = why_no_triton(device)
         return lacking and f"without the Triton kernels: {lacking}"
 
     def digest(self) -> str:
