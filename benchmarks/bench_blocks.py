@@ -1,7 +1,8 @@
 """One candidate op: the compiled CPU kernels beside PyTorch's best, inference and training.
 
-Every baseline's median is recorded. Results are compared before they are timed: in fp32 with
-float64, in bf16 with fp32, loosely, since autocast rounds every tensor.
+Every baseline's median is recorded. Rows are compared before they are timed: inference with
+float64, training with PyTorch's in the same precision; bf16 loosely, since autocast rounds every
+tensor.
 """
 
 from __future__ import annotations

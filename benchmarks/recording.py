@@ -64,26 +64,29 @@ def figures(
 
     Returns:
         `ratio` over the fastest baseline, `ratio_folded` over the fastest with the folded ones,
-        `ratio_over_sharing`. A ratio is the median over the rounds where there are turns.
-        With peaks, `at_peak`'s too.
+        `ratio_over_sharing`. A ratio is the median over the rounds where there are turns, and
+        `ratio_extremes` are the least and the greatest of `ratio`'s then. With peaks,
+        `at_peak`'s too.
     """
 
     baselines = {name: times[-len(own) :] for name, times in baselines.items()}
 
-    def ratio(names: Iterable[str]) -> float:
+    def ratios(names: Iterable[str]) -> list[float]:
         times = baselines[min(names, key=lambda name: median(baselines[name]))]
         if len(times) < len(own):
-            return median(times) / median(own)
-        return median(t / o for t, o in zip(times, own, strict=True))
+            return [median(times) / median(own)]
+        return [t / o for t, o in zip(times, own, strict=True)]
 
     plain = [name for name in baselines if not name.startswith("folded")]
-    found = ratio(plain)
+    each = ratios(plain)
+    found = median(each)
     return {
         "baseline": min(plain, key=lambda name: median(baselines[name])),
         "baseline_seconds": {name: _short(median(times)) for name, times in baselines.items()},
         "turns": any(len(times) == len(own) > 1 for times in baselines.values()),
         "ratio": _short(found),
-        "ratio_folded": _short(ratio(baselines)),
+        **({"ratio_extremes": [_short(min(each)), _short(max(each))]} if len(each) > 1 else {}),
+        "ratio_folded": _short(median(ratios(baselines))),
         "sharing": _short(sharing),
         "ratio_over_sharing": _short(found / sharing),
         **at_peak(own, peaks),
