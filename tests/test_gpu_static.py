@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from catalogue import DTYPES, Case, Inputs, Network, cases, record, recorded
-from gpu_static import collect, counted_bytes, key_of, variants
+from gpu_static import collect, counted_bytes, variants
 from interpreter_memory import watch
 from kernel_sites import SITES, SMALL, network
 from machine_code import compile_launch, occupancy, read_code
@@ -418,12 +418,15 @@ def test_what_is_compiled_for_a_card_is_what_that_card_would_choose():
             (("fp32", case), ("tf32", in_tf32)), CARDS.items()
         ):
             name = f"layer_infer sm_{capability} | {case.site} | {precision}"
-            keys = [key_of(launch) for launch in recorded(given, card).launches]
-            assert found["cases"][name]["launches"] == keys
-            assert found["cases"][name]["cards"] == [capability]
-            for key in keys:
+            row, recording = found["cases"][name], recorded(given, card)
+            assert [key.split()[0] for key in row["launches"]] == [
+                launch.name for launch in recording.launches
+            ]
+            assert row["variants"] == sorted(variants(recording))
+            assert row["cards"] == [capability]
+            for key in row["launches"]:
                 assert str(capability) in found["kernels"][key]
-            launches.setdefault((case.site, precision), set()).add(tuple(keys))
+            launches.setdefault((case.site, precision), set()).add(tuple(row["launches"]))
     assert max(map(len, launches.values())) > 1  # an A100 chooses another form than an H100
 
 
