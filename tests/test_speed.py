@@ -7,7 +7,6 @@ import re
 
 import pytest
 import speed
-import speed_tables
 from baselines import Turns
 from recording import figures
 from speed_tables import FLOORS, details, summary
@@ -168,7 +167,7 @@ def test_a_floor_between_the_rounds_is_said_to_be_so():
     assert own["ratio"] == 2.0
     assert own["ratio_extremes"] == [1.0, 3.0]
     assert "ratio_extremes" not in figures([1.0, 2.0], {"eager": [3.0]})
-    floor = speed_tables.FLOORS["evaluator", "fp32"]
+    floor = FLOORS["evaluator", "fp32"]
     assert floor.near(row)
     assert not floor.near({**row, "ratio_extremes": [3.9, 4.2]})
     assert not floor.near({"ratio": 4.0, "ratio_over_sharing": 2.1})
