@@ -23,8 +23,12 @@ from fastshift.ops import (
 )
 from fastshift.testing import FLOORS
 
-# Of the op's largest gradient, for one that is zero by symmetry.
+# Of the op's largest gradient: the error of one that is zero by symmetry or nearly so, and what is
+# nearly so. In bfloat16 of any.
 ABSOLUTE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+NEARLY_ZERO = {torch.float32: 1e-4, torch.bfloat16: 1.0}
+# Of so few values a channel, some of which hardly vary, several draws count together.
+FEW, DRAWS = 16, 4
 
 
 def op_of(units, frame, stride=1, shortcut=()):
@@ -320,22 +324,32 @@ def error_of(found, exact):
     return float((found.double() - exact).norm())
 
 
-def assert_each_as_accurate(found, plain, exact, dtype=torch.float32):
-    """Each named result is at most twice as far from float64 as PyTorch's, or under the floor.
+def shares_of_bound(found, plain, exact, dtype=torch.float32):
+    """The error of each named result over what it may be: twice PyTorch's, or the floor.
 
     A gradient that is zero by symmetry, such as that of a shift which the next batch norm takes
     away, is rounding alone: it may be off by a little of the op's largest.
     """
     assert found.keys() == exact.keys()
     scale = max((float(exact[name].norm()) for name in exact if name[:2] == "d "), default=0.0)
+    shares = {}
     for name in exact:
         assert found[name].shape == exact[name].shape, name
         error = error_of(found[name], exact[name])
         bound = max(error_of(values[name], exact[name]) for values in plain)
-        floor = FLOORS[dtype] * float(exact[name].norm())
-        if name[:2] == "d ":
+        size = float(exact[name].norm())
+        floor = FLOORS[dtype] * size
+        if name[:2] == "d " and size <= NEARLY_ZERO[dtype] * scale:
             floor = max(floor, ABSOLUTE[dtype] * scale)
-        assert error <= max(2 * bound, floor), f"{name}: error {error:.3g}, PyTorch's {bound:.3g}"
+        bound = max(2 * bound, floor)
+        shares[name] = error / bound if bound else torch.inf if error else 0.0
+    return shares
+
+
+def assert_each_as_accurate(found, plain, exact, dtype=torch.float32):
+    """Each named result is within its bound."""
+    for name, share in shares_of_bound(found, plain, exact, dtype).items():
+        assert share <= 1, f"{name}: {share:.3g} of the bound"
 
 
 @torch.no_grad()
@@ -358,10 +372,19 @@ def three_ways(module, x, *, need_dx=True, dtype=torch.float32):
 
 
 def check_training(module, x, *, need_dx=True, dtype=torch.float32):
-    """Compare training passes; PyTorch's error is the larger of those in both memory formats."""
-    found, plain, exact = three_ways(module, x, need_dx=need_dx, dtype=dtype)
-    assert_each_as_accurate(found, plain, exact, dtype)
-    return found
+    """Compare training passes; PyTorch's error is the larger of those in both memory formats.
+
+    Of several draws the geometric mean counts, and what is not a number fails.
+    """
+    draws = [x]
+    if x.numel() // x.shape[1] <= FEW:
+        draws += [torch.randn(x.shape, generator=seeded(100 + i)) for i in range(1, DRAWS)]
+    passes = [three_ways(module, draw, need_dx=need_dx, dtype=dtype) for draw in draws]
+    shares = [shares_of_bound(*each, dtype) for each in passes]
+    for name in shares[0]:
+        mean = geometric_mean(max(share[name], 1e-3) for share in shares)
+        assert mean <= 1, f"{name}: {mean:.3g} of the bound over {len(shares)} draws"
+    return passes[0][0]
 
 
 def geometric_mean(values):
