@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastshift.device import TURN
 from fastshift.errors import ArchError, CheckpointError, DataError, SpaceError
 from fastshift.layers import HeadModule, OpModule, UnitChain
 from fastshift.space import ModuleSpace, SearchSpace
@@ -250,8 +251,12 @@ class ChainSupernet(nn.Module):
         self.space = _with_classifier(self.space, old, fresh)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name; the shift steps' moving averages behind `ema.`."""
-        return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
+        """All that training changes, by name; the shift steps' moving averages behind `ema.`.
+
+        Waits for an evaluation in another thread, whose statistics stand in for the norms' own.
+        """
+        with TURN:
+            return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
 
     def load_tensors(self, tensors: dict[str, Tensor], version: int) -> None:
         """Take back what `tensors` gave.

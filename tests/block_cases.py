@@ -324,12 +324,13 @@ def error_of(found, exact):
     return float((found.double() - exact).norm())
 
 
-def shares_of_bound(found, plain, exact, dtype=torch.float32):
+def shares_of_bound(found, plain, exact, dtype=torch.float32, nearly_zero=None):
     """The error of each named result over what it may be: twice PyTorch's, or the floor.
 
     A gradient that is zero by symmetry, such as that of a shift which the next batch norm takes
     away, is rounding alone: it may be off by a little of the op's largest.
     """
+    nearly_zero = nearly_zero or NEARLY_ZERO[dtype]
     assert found.keys() == exact.keys()
     scale = max((float(exact[name].norm()) for name in exact if name[:2] == "d "), default=0.0)
     shares = {}
@@ -339,16 +340,16 @@ def shares_of_bound(found, plain, exact, dtype=torch.float32):
         bound = max(error_of(values[name], exact[name]) for values in plain)
         size = float(exact[name].norm())
         floor = FLOORS[dtype] * size
-        if name[:2] == "d " and size <= NEARLY_ZERO[dtype] * scale:
+        if name[:2] == "d " and size <= nearly_zero * scale:
             floor = max(floor, ABSOLUTE[dtype] * scale)
         bound = max(2 * bound, floor)
         shares[name] = error / bound if bound else torch.inf if error else 0.0
     return shares
 
 
-def assert_each_as_accurate(found, plain, exact, dtype=torch.float32):
+def assert_each_as_accurate(found, plain, exact, dtype=torch.float32, nearly_zero=None):
     """Each named result is within its bound."""
-    for name, share in shares_of_bound(found, plain, exact, dtype).items():
+    for name, share in shares_of_bound(found, plain, exact, dtype, nearly_zero).items():
         assert share <= 1, f"{name}: {share:.3g} of the bound"
 
 

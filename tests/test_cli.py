@@ -522,7 +522,7 @@ def test_info_says_that_a_device_is_too_old_for_the_kernels(capsys, monkeypatch)
     shown = _info(capsys, monkeypatch, cuda=True, capability=(7, 5)).out
     assert f"  triton     does not run: {lacking}\n" in shown
     assert "  on CUDA        reference: " in shown
-    assert f"  cuda           modules: {lacking}\n" in shown
+    assert f"  cuda           one after the other, from Python: {lacking}\n" in shown
     assert f"  cuda           on the host, a batch ahead: {lacking};" in shown
     asked = {"code": 2, "cuda": True, "capability": (7, 5), "FASTSHIFT_BACKEND": "triton"}
     assert f"'triton' cannot run: {lacking}" in _info(capsys, monkeypatch, **asked).err

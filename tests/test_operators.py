@@ -86,7 +86,8 @@ def test_training_and_every_gradient_are_as_accurate_as_pytorchs(name, shape, po
     exact = trained(layer, *case, torch.float64)
     backend("reference")
     assert implementation(layer.parsed, case[0], layer.parameters) == "reference"
-    assert_each_as_accurate(found, [trained(layer, *case)], exact)
+    # The largest gradient is that of all ops of the level together.
+    assert_each_as_accurate(found, [trained(layer, *case)], exact, nearly_zero=1e-2)
 
 
 @BY_NAME
@@ -111,7 +112,8 @@ def test_batch_norms_without_scale_and_shift(affine, backend):
     assert any("norm" in name for name in layer.names) == affine
     found, exact = trained(layer, *case), trained(layer, *case, torch.float64)
     backend("reference")
-    assert_each_as_accurate(found, [trained(layer, *case)], exact)
+    # The largest gradient is that of all ops of the level together.
+    assert_each_as_accurate(found, [trained(layer, *case)], exact, nearly_zero=1e-2)
 
 
 @BY_NAME
