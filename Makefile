@@ -127,11 +127,11 @@ $(VENV)/.made-torch: $(VENV)/.made pyproject.toml
 
 # Nothing is built in isolation, where pip would install a torch of its own choice.
 $(VENV)/.made-search: $(VENV)/.made-torch $(SOURCES)
-	@echo 'compiling the C++ parts: two to four minutes on one core'
+	@echo 'compiling the C++ parts: one to four minutes'
 	$(PIP) install -q --no-build-isolation -e '.[cli,digits,report]'
 	@touch $@
 
 $(VENV)/.made-test: $(VENV)/.made-torch $(SOURCES)
-	@echo 'compiling the C++ parts: two to four minutes on one core'
+	@echo 'compiling the C++ parts: one to four minutes'
 	$(PIP) install -q --no-build-isolation -e '.[test]'
 	@touch $@

@@ -20,8 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastshift.backends import backend
 from fastshift.channel_moments import summed_in_chunks
 from fastshift.cpu import block_of
+from fastshift.device import in_turn
 from fastshift.folding import FoldCache, NotAsTracedError, apply_folded
-from fastshift.levels import KnownOps, LevelSums
+from fastshift.level_moments import LevelSums
+from fastshift.levels import KnownOps
 from fastshift.row_layout import RowLayout
 from fastshift.supernet import ChainSupernet, needing_moments
 from fastshift.tracing import Pair, conv_norm_pairs, unfold
@@ -304,6 +306,7 @@ class MovingAverages:
                 target.lerp_((total / weight).to(target.dtype), momentum)
 
 
+@in_turn
 def start_ema(supernet: ChainSupernet) -> None:
     """Begin the shift steps' moving averages where pre-training left its own, once."""
     for name, norm in BatchNorms(supernet).items():

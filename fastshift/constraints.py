@@ -142,7 +142,7 @@ def _check_reachable(space: CostTables, constraint: Constraint) -> None:
         wanted = " and ".join(f"{word} {x:.10g}" for word, x in bounds if x is not None)
         share = f" ({100 * smallest / largest:.3g}% of the dearest)" if largest else ""
         raise ConstraintError(
-            f"no architecture of {space.name} {metric} of {wanted}: the cheapest, "
+            f"no architecture of {space.name} has {metric} of {wanted}: the cheapest, "
             f"{space.format(space.cheapest(metric))}, has {smallest:.10g}{share}, the dearest, "
             f"{space.format(space.dearest(metric))}, has {largest:.10g}"
         )

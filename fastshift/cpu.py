@@ -81,8 +81,10 @@ def block_of(op: nn.Module, x: Tensor) -> CpuBlock | CpuHead | None:
             return None
         try:
             found = (CpuHead if isinstance(op, HeadModule) else CpuBlock)(op, made_of)
-        except ValueError:  # units that do not follow each other: PyTorch says which
-            return None
+        except ValueError as error:
+            if not str(error).startswith("units: "):
+                raise
+            return None  # they do not follow each other: PyTorch says which
         _BLOCKS[op] = found
     return found if found.made_of.runs_as_written(op) else None
 

@@ -9,17 +9,34 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["TURN", "fp32_precision", "parse_device", "settle_on", "use_device"]
+__all__ = ["TURN", "fp32_precision", "in_turn", "parse_device", "settle_on", "use_device"]
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
 # Of this process's threads, for what scores and trains: for a moment a supernet's modules are
 # changed or the class of all modules is, its buffers are its own, and a capture is a whole GPU's.
 TURN = threading.RLock()
+# A child that was forked while another thread had its turn would wait for it for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=TURN._at_fork_reinit)
+
+
+def in_turn(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function wait until no other thread scores or trains."""
+
+    @wraps(function)
+    def call(*arguments: _P.args, **options: _P.kwargs) -> _R:
+        with TURN:
+            return function(*arguments, **options)
+
+    return call
 
 
 def parse_device(name: str | torch.device) -> torch.device:

@@ -95,7 +95,8 @@ class Evaluator:
 
     Args:
         supernet: with the weights to score under; they may move between calls.
-        batches: `(images, labels)` pairs that can be iterated again and again, the same every time;
+        batches: `(images, labels)` pairs that can be iterated again and again, the same every time,
+            by code that does not score or train itself;
             images `[N, C, H, W]`. For a GPU they are uploaded once and kept there where all fit in
             1 GiB, and else at each evaluation, the next batch while one is scored.
         calibration: batches for `recalibrate`, as `batches` and disjoint from them.

@@ -1,8 +1,9 @@
 """Batch norms folded into the convolutions before them, for as long as a module is called.
 
 The module itself is what runs, with its convolution answering for both of a pair, and for the
-activation behind them; each run checks that these met as their trace said (`tracing`), so that no
-result changes silently.
+activation behind them; each run checks that these met as their trace said (`tracing`), or is done
+again unfolded. What the trace cannot see is a reader outside of the module's own tensors: one that
+keeps a norm's output in a global finds it activated.
 """
 
 from __future__ import annotations

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastshift.cpu import CpuBlock, block_of, row_dtype
 from fastshift.layers import ConvUnit, apply_level
+from fastshift.level_moments import LevelMoments
 from fastshift.operators import layer_infer, layer_train
 from fastshift.population_layer import (
-    STATISTICS,
     LayerOp,
     LayerUnit,
-    PopulationLayer,
     describe_layer,
     describe_op,
     parse_layer,
@@ -29,8 +27,6 @@ from fastshift.trie import Segment
 __all__ = [
     "KnownOps",
     "Level",
-    "LevelMoments",
-    "LevelSums",
     "Rows",
     "Visit",
     "last_rows",
@@ -83,75 +79,6 @@ class Rows:
 def _entering(rows: Rows) -> Tensor:
     """Packed, in the kernels' type: bfloat16 under autocast."""
     return rows.packed.to(row_dtype(rows.packed))
-
-
-class LevelMoments:
-    """What the batch norms of a level's nodes met.
-
-    Attributes:
-        layer: of the level.
-        choice: of each node.
-        statistics: of each node, as `layer_train` gives them.
-    """
-
-    def __init__(self, layer: PopulationLayer, choice: Sequence[int], statistics: Tensor) -> None:
-        self.layer, self.choice, self.statistics = layer, choice, statistics
-
-    def packed(self) -> list[tuple[Tensor, list[int]]]:
-        """Of each node as `MovingAverages.add_packed` takes them."""
-        known = _parts(self.layer)
-        parts = [known[choice] for choice in self.choice]
-        rows = zip(self.statistics.unbind(), parts, strict=True)
-        return [(row[: sum(own)], own) for row, own in rows]
-
-    def each(self) -> list[list[Moments]]:
-        """Of each node the mean and the unbiased variance, `[C]` each, of every batch norm.
-
-        None for an identity.
-        """
-        return [_pairs(row, own) for row, own in self.packed()]
-
-    def has(self, index: int) -> bool:
-        """Whether a node has batch norms: all but identities have."""
-        return self.layer.ops[self.choice[index]] is not None
-
-    def is_like(self, layer: PopulationLayer, choice: Sequence[int]) -> bool:
-        """Whether these are of such nodes."""
-        return self.layer is layer and list(self.choice) == list(choice)
-
-
-class LevelSums:
-    """Sums of a level's moments over calibration batches, in float64 from the second on.
-
-    Args:
-        moments: of the first batch; nothing may write to them afterwards.
-    """
-
-    def __init__(self, moments: LevelMoments) -> None:
-        self.first = moments
-        self.count = 1
-        self._total = moments.statistics
-
-    def add(self, moments: LevelMoments) -> bool:
-        """Add those of another batch, if they are of nodes alike."""
-        if not moments.is_like(self.first.layer, self.first.choice):
-            return False
-        self._total = self._total.double() + moments.statistics
-        self.count += 1
-        return True
-
-    def node(self, index: int) -> list[Moments]:
-        """The sums of one node."""
-        parts = _parts(self.first.layer)[self.first.choice[index]]
-        return _pairs(self._total[index, : sum(parts)], parts)
-
-    def mean(self) -> Tensor:
-        """Averages `[M, moments_floats]`, as `Level.infer` takes them."""
-        layer, choice = self.first.layer, tuple(self.first.choice)
-        index, beyond = _places(layer, choice)
-        found = self._total.gather(1, index)
-        found = (found if self.count == 1 else found / self.count).float()
-        return found if beyond is None else found.masked_fill(beyond, 0.0)
 
 
 class Level:
@@ -213,7 +140,7 @@ class Level:
 
     def is_like(self, moments: LevelMoments) -> bool:
         """Whether moments are of nodes such as these."""
-        return moments.is_like(self._layer, self._choice)
+        return moments.is_of(self._layer, self._choice)
 
     def infer(self, rows: Rows, parent: Sequence[int], moments: Tensor) -> Rows:
         """Apply the nodes' ops with batch norms that normalise by given statistics.
@@ -229,41 +156,6 @@ class Level:
         )
 
 
-def _pairs(row: Tensor, parts: Sequence[int]) -> list[Moments]:
-    """Mean and variance of each unit from a node's statistics."""
-    split = row.split(parts)
-    return list(zip(split[::3], split[1::3], strict=True))
-
-
-@lru_cache(maxsize=4096)
-def _places(layer: PopulationLayer, choice: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Where in each node's statistics `infer`'s moments stand, and which of these it lacks."""
-    index = np.full((len(choice), layer.moments_floats), -1)
-    for row, own in zip(index, choice, strict=True):
-        start = end = 0
-        for position, size in enumerate(_parts(layer)[own]):
-            if position % 3 < 2:
-                row[end : end + size] = range(start, start + size)
-                end += size
-            start += size
-    # Inference tensors that were kept could not be used outside of that mode.
-    with torch.inference_mode(False):
-        beyond = torch.from_numpy(index < 0) if (index < 0).any() else None
-        return torch.from_numpy(index.clip(0)), beyond
-
-
-@cache
-def _parts(layer: PopulationLayer) -> list[list[int]]:
-    """How a node's statistics are made up: mean, variance and the rest of each unit."""
-    found = []
-    for op in layer.ops:
-        own = []
-        for unit in op.units if op else ():
-            own += (unit.out_channels, unit.out_channels, (STATISTICS - 2) * unit.out_channels)
-        found.append(own)
-    return found
-
-
 @lru_cache(maxsize=4096)
 def _indices(values: tuple[int, ...]) -> Tensor:
     """A buffer that no one writes."""
@@ -275,8 +167,8 @@ def _indices(values: tuple[int, ...]) -> Tensor:
 _TEXTS: WeakKeyDictionary[CpuBlock, tuple[tuple, str]] = WeakKeyDictionary()
 
 
-# Of ops that were looked at: what the kernels compute for them, and their parameters.
-KnownOps = dict[nn.Module, tuple[str, list[Tensor | None]]]
+# Of ops that were looked at, and a row's type: what the kernels compute, and their parameters.
+KnownOps = dict[tuple[nn.Module, torch.dtype], tuple[str, list[Tensor | None]]]
 
 
 def level_of(
@@ -304,13 +196,13 @@ def level_of(
         if module is None:
             texts.append(describe_op(None))
             continue
-        found = known.get(module)
+        found = known.get((module, sample.dtype))
         if found is None:
             block = block_of(module, sample)
             if not isinstance(block, CpuBlock):
                 return None
             own = block.parameters()
-            found = known[module] = _text_of(block, own), own
+            found = known[module, sample.dtype] = _text_of(block, own), own
         texts.append(found[0])
         parameters += found[1]
     number = {index: position for position, index in enumerate(used)}

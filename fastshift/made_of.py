@@ -112,8 +112,11 @@ def _chain_values(chain: nn.Module) -> tuple:
 def _is_plain_chain(chain: nn.Module) -> bool:
     if type(chain) is HeadModule:
         return type(chain.features) is UnitChain
+    if type(chain) not in (UnitChain, OpModule):
+        return False
     units = (chain._modules.get(str(index)) for index in range(chain.num_units))
-    return type(chain) in (UnitChain, OpModule) and all(isinstance(u, ConvUnit) for u in units)
+    aside = chain._modules.get("shortcut")
+    return all(isinstance(u, ConvUnit) for u in units) and type(aside) in (UnitChain, type(None))
 
 
 def _is_built_in(unit: ConvUnit) -> bool:

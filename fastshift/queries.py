@@ -97,7 +97,7 @@ def _target(config: Config) -> Path | None:
 
 def _unused(path: Path) -> Path:
     """The path itself, refused where something is there: perhaps the only copy of hours of work."""
-    if path.exists():
+    if path.is_file() or path.is_dir():  # a pipe or a terminal is written to
         raise ConfigError(f"out: {str(path)!r} is there already; remove it, or give another file")
     return path
 
@@ -372,11 +372,11 @@ def _print_kernels() -> None:
 def _print_choices(reasons: Mapping[str, str | None], runs: str | None, variable: str) -> None:
     for name, reason in reasons.items():
         if name == runs:
-            print(f"  {name:10} runs")
+            print(f"  {name:12} runs")
         elif reason is None:
-            print(f"  {name:10} does not run: {variable}={name} would choose it")
+            print(f"  {name:12} not chosen: {variable}={name} would")
         else:
-            print(f"  {name:10} does not run: {reason}")
+            print(f"  {name:12} does not run: {reason}")
     if os.environ.get(variable):
         print(f"  {variable}={os.environ[variable]}")
 

@@ -6,6 +6,7 @@ that a perfect ranking reaches tau 1 and regret 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -356,10 +357,11 @@ def format_table(result: OrderPreservation) -> str:
     if result.tau_local is not None and result.tau_local_interval is not None:
         local = f"{result.tau_local:.3f}{interval(result.tau_local_interval)}"
     lines.append((f"tau, best {result.local_k} by {chosen}", local))
+    unit, letter = (1e6, "M") if any(p.high >= 1e6 for p in result.tau_per_bin) else (1e3, "k")
     lines += [
         (
-            f"tau, {part.low / 1e6:.1f}M to {part.high / 1e6:.1f}M",
-            f"{part.tau:.3f}  ({part.num_archs})",
+            f"tau, {part.low / unit:.1f}{letter} to {part.high / unit:.1f}{letter}",
+            f"{'no order' if math.isnan(part.tau) else f'{part.tau:.3f}'}  ({part.num_archs})",
         )
         for part in result.tau_per_bin
     ]

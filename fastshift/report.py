@@ -123,7 +123,7 @@ def _retrained_rows(run: Run) -> list[tuple[str, ...]]:
 def _budget_rows(run: Run) -> list[tuple[str, str]]:
     result = run.result
     rows = [
-        ("wall time", short_time(result["seconds"])),
+        ("wall time of the search", short_time(result["seconds"])),
         ("candidates", f"{sum(run.num_candidates):,}"),
     ]
     if result.get("archs_per_second"):
@@ -238,7 +238,7 @@ def _head(run: Run, title: str) -> str:
             f"{sum(run.num_candidates):,}",
             f"candidates in a space of {_size_words(result['space']['size'])}",
         ),
-        ("wall time", short_time(result["seconds"]), _rate_words(result)),
+        ("wall time of the search", short_time(result["seconds"]), _rate_words(result)),
     ]
     tiles = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"

@@ -16,7 +16,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastshift.batch_norm import BatchNorms, Moments, MomentSums, MovingAverages
 from fastshift.errors import SpaceError
 from fastshift.layers import apply_module
-from fastshift.levels import Level, LevelMoments, LevelSums, Rows, Visit, last_rows, walk
+from fastshift.level_moments import LevelMoments, LevelSums
+from fastshift.levels import Level, Rows, Visit, last_rows, walk
 from fastshift.supernet import ChainSupernet
 from fastshift.trie import Plan, Segment
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastshift.device import TURN
+from fastshift.device import in_turn
 from fastshift.errors import ArchError, CheckpointError, DataError, SpaceError
 from fastshift.layers import HeadModule, OpModule, UnitChain
 from fastshift.space import ModuleSpace, SearchSpace
@@ -162,6 +162,7 @@ class ChainSupernet(nn.Module):
             raise ArchError(f"arch: {len(rows)} rows; expected one architecture")
         return rows[0]
 
+    @in_turn
     def subnet(
         self,
         arch: Sequence[int] | str | np.ndarray,
@@ -217,6 +218,7 @@ class ChainSupernet(nn.Module):
             parts.insert(2, str(int(row[int(parts[1])])))
         return ".".join(parts)
 
+    @in_turn
     def reset_head(self, num_classes: int, *, seed: int | None = None) -> None:
         """Replace the classifier, the last linear layer of the head, by a fresh one.
 
@@ -250,14 +252,15 @@ class ChainSupernet(nn.Module):
             self.head = fresh
         self.space = _with_classifier(self.space, old, fresh)
 
+    @in_turn
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name; the shift steps' moving averages behind `ema.`.
 
         Waits for an evaluation in another thread, whose statistics stand in for the norms' own.
         """
-        with TURN:
-            return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
+        return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
 
+    @in_turn
     def load_tensors(self, tensors: dict[str, Tensor], version: int) -> None:
         """Take back what `tensors` gave.
 

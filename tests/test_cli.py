@@ -476,14 +476,14 @@ def test_info_says_which_implementation_runs_and_why_others_do_not(capsys, monke
         assert f"  {kernel} cpu, {best}\n" in shown
     assert "on a CPU; cpu is compiled C++, reference is PyTorch:\n" in shown
     assert "  others         PyTorch: ops that are modules" in shown
-    assert "  cpu        runs\n" in shown
-    assert "  reference  does not run: FASTSHIFT_BACKEND=reference would choose it\n" in shown
-    assert f"  triton     does not run: {backends.backends()['triton']}\n" in shown
+    assert "  cpu          runs\n" in shown
+    assert "  reference    not chosen: FASTSHIFT_BACKEND=reference would\n" in shown
+    assert f"  triton       does not run: {backends.backends()['triton']}\n" in shown
     shown = re.sub(" +", " ", shown)
     assert f" {best} runs\n" in shown
     for name, reason in cpu.instruction_sets().items():
-        expected = reason or f"FASTSHIFT_CPU_ISA={name} would choose it"
-        assert name == best or f" {name} does not run: {expected}\n" in shown
+        expected = f"does not run: {reason}" if reason else f"not chosen: FASTSHIFT_CPU_ISA={name}"
+        assert name == best or f" {name} {expected}" in shown
 
 
 def test_info_follows_the_environment(capsys, monkeypatch):
@@ -493,8 +493,8 @@ def test_info_follows_the_environment(capsys, monkeypatch):
     assert "  FASTSHIFT_CPU_ISA=generic\n" in shown
     shown = _info(capsys, monkeypatch, FASTSHIFT_BACKEND="reference").out
     assert "  block infer    reference\n" in shown
-    assert "  reference  runs\n" in shown
-    assert "  cpu        does not run: FASTSHIFT_BACKEND=cpu would choose it\n" in shown
+    assert "  reference    runs\n" in shown
+    assert "  cpu          not chosen: FASTSHIFT_BACKEND=cpu would\n" in shown
 
 
 def test_info_says_how_a_batch_goes_through_a_population(capsys, monkeypatch):
@@ -520,7 +520,7 @@ def test_info_says_that_a_device_is_too_old_for_the_kernels(capsys, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     lacking = "a card has compute capability 7.5; expected 8.0 or newer"
     shown = _info(capsys, monkeypatch, cuda=True, capability=(7, 5)).out
-    assert f"  triton     does not run: {lacking}\n" in shown
+    assert f"  triton       does not run: {lacking}\n" in shown
     assert "  on CUDA        reference: " in shown
     assert f"  cuda           one after the other, from Python: {lacking}\n" in shown
     assert f"  cuda           on the host, a batch ahead: {lacking};" in shown

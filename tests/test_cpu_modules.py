@@ -231,6 +231,19 @@ def test_a_unit_that_was_taken_out_and_put_back_keeps_its_own_statistics():
     assert cpu.block_of(module, x) is None
 
 
+@pytest.mark.parametrize("kind", ["op", "sequential", "convolution"])
+def test_a_shortcut_of_another_kind_is_pytorchs(kind):
+    module, x = _shuffles(), torch.randn(3, 6, 7, 7)
+    assert cpu.block_of(module, x) is not None
+    aside = (Unit("depthwise", 6, 6, 3, 2, activation=None), Unit("pointwise", 6, 6))
+    module.shortcut = {
+        "op": lambda: OpModule(Op("aside", 6, 6, 2, aside)),
+        "sequential": lambda: nn.Sequential(*module.shortcut.children()),
+        "convolution": lambda: nn.Conv2d(6, 6, 3, 2, 1),
+    }[kind]()
+    assert cpu.block_of(module, x) is None
+
+
 def test_a_classifier_with_a_batch_norm_is_pytorchs():
     head = HeadModule(Head(6, (Unit("pointwise", 6, 8),), 3))
     assert cpu.block_of(head, _rows()) is not None

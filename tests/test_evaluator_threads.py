@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 from fastshift import Evaluator
+from fastshift.batch_norm import start_ema
+from fastshift.device import TURN
 from fastshift.testing import (
     chain_supernet,
     changed_tensors,
@@ -41,11 +45,14 @@ def _at_once(*functions):
         except Exception as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=call, args=each) for each in enumerate(functions)]
+    threads = [
+        threading.Thread(target=call, args=each, daemon=True) for each in enumerate(functions)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
     if failed:
         raise failed[0]
     return [found[index] for index in range(len(functions))]
@@ -113,3 +120,48 @@ def test_a_score_beside_training_is_that_of_the_weights_it_names(make):
     for score in found:
         assert np.array_equal(score.losses, wanted[score.weights_version])
     assert sorted(wanted) == [*range(13)]
+
+
+@pytest.mark.parametrize("make", [chain_supernet, tiny_supernet])
+def test_what_is_copied_beside_an_evaluation_is_the_supernets_own(make):
+    net = make().eval()
+    archs, evaluator = random_archs(net.space, 6), _evaluator(net)
+    wanted = net.subnet(archs[0]).state_dict()
+    images = DATA.validation[0][0]
+    with torch.no_grad():
+        logits = net.subnet(archs[0])(images)
+
+    def copies():
+        found = []
+        for _ in range(30):
+            net.ema = {}
+            start_ema(net)
+            found.append((net.subnet(archs[0]), dict(net.ema)))
+        return found
+
+    _, found = _at_once(lambda: [evaluator.evaluate(archs) for _ in range(8)], copies)
+    for subnet, ema in found:
+        assert changed_tensors(wanted, subnet.state_dict()) == set()
+        assert all(torch.equal(value, net.state_dict()[name]) for name, value in ema.items())
+        with torch.no_grad():
+            assert torch.equal(subnet(images), logits)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_in_another_threads_turn_has_its_own():
+    taken, forked = threading.Event(), threading.Event()
+
+    def hold():
+        with TURN:
+            taken.set()
+            forked.wait(60)
+
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+    assert taken.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if TURN.acquire(timeout=20) else 1)
+    forked.set()
+    holder.join(60)
+    assert os.waitpid(child, 0)[1] == 0

@@ -337,10 +337,11 @@ def test_a_compiled_function_serves_every_population_of_a_size():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
-    rng = np.random.default_rng(0)
-    for index in range(20):
+    different = np.random.default_rng(0).permutation(64)[:20]
+    for index, population in enumerate(different):
+        bits = [int(population) >> bit & 1 for bit in range(6)]
         parent, choice = (
-            torch.tensor(rng.integers(0, 2, 3), dtype=torch.int32, device=DEVICE) for _ in range(2)
+            torch.tensor(part, dtype=torch.int32, device=DEVICE) for part in (bits[:3], bits[3:])
         )
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             found = compiled(parent, choice)

@@ -177,7 +177,7 @@ def test_pytorchs_own_check_of_operators(name, monkeypatch):
 
 
 def test_a_compiled_function_serves_every_population_of_a_size():
-    case = TrainingCase("one", (2, 4, 1, 1), (2, [0, 1], [1, 0]))
+    case = TrainingCase("one", (2, 4, 1, 1), (2, [0, 1, 1], [1, 0, 1]))
 
     def gradients(apply, parent, choice):
         rows = case.rows.clone().requires_grad_()
@@ -193,9 +193,10 @@ def test_a_compiled_function_serves_every_population_of_a_size():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
-    rng = np.random.default_rng(0)
-    for index in range(20):
-        nodes = [buffer(rng.integers(0, 2, 2).tolist()) for _ in range(2)]
+    different = np.random.default_rng(0).permutation(64)[:20]
+    for index, population in enumerate(different):
+        bits = [int(population) >> bit & 1 for bit in range(6)]
+        nodes = [buffer(bits[:3]), buffer(bits[3:])]
         with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
             found = gradients(compiled, *nodes)
         if index % 5 == 0:

@@ -33,6 +33,7 @@ ORDER = (
     "channel_moments",
     "row_layout",
     "population_layer",
+    "level_moments",
     "_operators_ref",
     "_operators_cpu",
     "_operators_triton",

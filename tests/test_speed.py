@@ -151,7 +151,7 @@ def test_the_figures_in_short_come_first(record):
     assert summary(record).startswith(
         "In short, in fp32 on one thread: one block is computed 1.50 to 2.50 times as fast as by "
         "the best of PyTorch without folded norms, trained on 4.40 times as fast. What was asked "
-        "beforehand (*floor*) is met by 3 of 5 rows."
+        "beforehand (*floor*) is met by 3 of 5 figures."
     )
 
 
