@@ -49,7 +49,7 @@ SITES = (
     Site("shufflenet_v2", 224, 1000, 150, 50, 8, 16, ("block 5",), _ONE),
     Site("shufflenet_v2", 64, 200, 150, 50, 8, 16, ("block 10",), _ONE),
     Site("nasbench_macro", 32, 10, 150, 50, 8, 16, ("block 4", "block 7"), _ALL),
-    Site("digits", 8, 10, 150, 50, 8, 16, ("block 3",), {"fp32": _EVERYWHERE} | _ONE),
+    Site("digits", 8, 10, 150, 50, 8, 16, ("block 3",), _ALL),
 )
 # What the interpreter counts bytes at: it takes some milliseconds a program, a backward pass more.
 SMALL = Site("digits", 8, 10, 4, 3, 2, 4, ("block 3",), _ONE)

@@ -118,7 +118,7 @@ def blocks_of(
         weight_in=power_of_2(outer, 64),
         weight_pixels=16 if wide else 32,
         warps=warps,
-        stages=1 if wide else 2,
+        stages=1 if wide or inner <= depth else 2,  # a single chunk has none to wait for
     )
 
 
