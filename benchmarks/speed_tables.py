@@ -277,8 +277,8 @@ READING = """\
 """
 UNMEASURED = (
     "Not measured either: of shufflenet_v2 at 224 px, updates and whole generations in generations "
-    "0 and 5, scores there in bf16, and a whole generation in bf16; with two threads bf16, "
-    "generations 0 and 5, whole generations and levers."
+    "0 and 5, scores there in bf16, and in bf16 an update, a pre-training step and a whole "
+    "generation; with two threads bf16, generations 0 and 5, whole generations and levers."
 )
 
 
