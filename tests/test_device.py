@@ -281,5 +281,6 @@ def test_only_one_module_decides(request):
 
 
 def test_devices_are_named_in_one_place():
-    assert devices.__all__ == ["TURN", "fp32_precision", "parse_device", "settle_on", "use_device"]
+    named = ["TURN", "fp32_precision", "in_turn", "parse_device", "settle_on", "use_device"]
+    assert devices.__all__ == named
     assert fsdata.Options().device == "auto"
