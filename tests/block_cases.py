@@ -381,6 +381,8 @@ def check_training(module, x, *, need_dx=True, dtype=torch.float32):
     if x.numel() // x.shape[1] <= FEW:
         draws += [torch.randn(x.shape, generator=seeded(100 + i)) for i in range(1, DRAWS)]
     passes = [three_ways(module, draw, need_dx=need_dx, dtype=dtype) for draw in draws]
+    if len(passes) > 1:  # the first alone too, whatever size a gradient has
+        assert_each_as_accurate(*passes[0], dtype, nearly_zero=1.0)
     shares = [shares_of_bound(*each, dtype) for each in passes]
     for name in shares[0]:
         each = [share[name] for share in shares]
