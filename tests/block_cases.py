@@ -187,6 +187,8 @@ MAKERS = [
 ]
 # The instruction sets that this machine has.
 ABLE = [name for name, reason in cpu.instruction_sets().items() if reason is None]
+# Levels whose products take bfloat16; the others widen rows first.
+PRODUCTS_IN_BF16 = ("amx", "avx512_bf16", "emulated_amx", "emulated_avx512_bf16")
 # Quick are all cases on the best of them, and odd shapes on the others.
 on_each_set = pytest.mark.parametrize(
     ("isa", "make", "shape"),

@@ -9,6 +9,7 @@ from block_cases import (
     LARGER,
     MAKERS,
     OPS,
+    PRODUCTS_IN_BF16,
     SHAPES,
     SOME,
     assert_same_rows,
@@ -53,7 +54,7 @@ def test_inference_is_as_accurate_as_pytorchs(make, shape):
 @pytest.fixture
 def own_products(isa):
     """Levels whose bfloat16 products are their own; the others widen rows and share the code."""
-    if isa not in (ABLE[0], "avx512_bf16", "emulated_avx512_bf16", "emulated_amx"):
+    if isa not in (ABLE[0], *PRODUCTS_IN_BF16):
         pytest.skip("the code of another level")
 
 
