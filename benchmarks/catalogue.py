@@ -45,7 +45,7 @@ LISTED: tuple[str, ...] = ("small_cases", "layer_cases")
 
 # Constants that choose what a kernel does; others are sizes.
 FLAGS = ("LANES", "DEPTHWISE", "MOVES", "SPLITS", "CONTINUES", "ENTERS", "VARIANTS", "ADDS")
-FLAGS += ("SMOOTHED",)
+FLAGS += ("STARTS", "PASSES", "SMOOTHED")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Types and alignments do not depend on the architecture.
 _BACKEND = GPUTarget("cuda", 90, 32)
@@ -185,6 +185,7 @@ class Case:
             type, `tf32` among them, and by the card.
         load_width, store_width: bytes of the widest accesses that the shape admits, at most 16.
         narrow: kernels whose accesses may be narrower, since they touch next to nothing.
+        no_rows: kernels whose stores may be: they write no rows, but sums of these.
         dot: whether it is a matrix product, so that tensor cores are expected.
         by_card: whether a card's figures choose its launches: its launcher then takes a `card`.
     """
@@ -203,6 +204,7 @@ class Case:
     load_width: int = 16
     store_width: int = 16
     narrow: tuple[str, ...] = ()
+    no_rows: tuple[str, ...] = ()
     dot: bool = False
     scratch: Callable[[str, Card | None], int] = lambda dtype, card: 0
     by_card: bool = False

@@ -194,6 +194,7 @@ def _row(case: Case, recording: Recording, capabilities: tuple[int, ...]) -> dic
         "load_width": case.load_width,
         "store_width": case.store_width,
         "narrow": list(case.narrow),
+        "no_rows": list(case.no_rows),
         "dot": case.dot,
     }
 

@@ -96,6 +96,8 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         launches=convolutions + 2,
         made_bytes=size * passing,
         least_made_bytes=0,
+        # Where some unit reads rows, its launch has their gradients.
+        no_rows=("frame_bwd_kernel",) if plan.steps else (),
         **common,
     )
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastshift.kernels.depthwise import depthwise_d_input, depthwise_d_weight
+from fastshift.kernels.frames import add_passed
 from fastshift.kernels.norm import (
     finish_totals,
     is_last,
@@ -147,6 +148,7 @@ def _row_gradient(
     DEPTHWISE: tl.constexpr,
     MOVES: tl.constexpr,
     SPLITS: tl.constexpr,
+    STARTS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -154,7 +156,10 @@ def _row_gradient(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Programs `(row, tile of its channels, part of the pixels)`; adds to the sums so far."""
+    """Programs `(row, tile of its channels, part of the pixels)`; adds to the sums so far.
+
+    The first launch that has such programs (`STARTS`) begins with what nodes' frames pass on.
+    """
     part, place = program % parts, program // parts
     tile, row = place % tiles, place // tiles
     channels = sized(b.table, ROW_CHANNELS, ALIGN)
@@ -167,10 +172,18 @@ def _row_gradient(
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < positions)[:, None] & (offs_c < channels)[None, :]
         at = place_of_row + (offs_p.to(tl.int64)[:, None] * channels + offs_c[None, :])
-        acc = tl.load(b.sums + at, mask=mask, other=0.0).to(tl.float32)
+        if STARTS:
+            acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        else:
+            acc = tl.load(b.sums + at, mask=mask, other=0.0).to(tl.float32)
         for node in range(begin_node, stop_node):
             choice = tl.load(b.choice + node)
             if (tl.load(b.parent + node) == row) & (choice >= 0):
+                if STARTS:
+                    acc = add_passed(
+                        acc, b, node, choice, offs_p.to(tl.int64), offs_p < positions, tile,
+                        channels, ALIGN, BLOCK_P, BLOCK_C,
+                    )  # fmt: skip
                 for lane in tl.static_range(LANES):
                     record = b.table + first + (choice * LANES + lane) * RECORD
                     if (tl.load(record + ACTIVE) != 0) & (tl.load(record + FIRST) != 0):
@@ -220,6 +233,7 @@ def convolution_bwd_kernel(
     DEPTHWISE: tl.constexpr,
     MOVES: tl.constexpr,
     ENTERS: tl.constexpr,
+    STARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     CONTINUES: tl.constexpr,
     ADDS: tl.constexpr,
@@ -245,6 +259,7 @@ def convolution_bwd_kernel(
         o_tiles, i_tiles, taps_most: of a weight, `BLOCK_O` and `BLOCK_I` channels each.
         counters: where the launch's own begin, the first range's and then the third's.
         ENTERS: whether gradients of parents' rows are wanted, and some unit reads one.
+        STARTS: whether no launch before has added to these.
         ADDS: whether parameters' gradients are added to what is there.
         BLOCK_D: pixels of a step of a weight's sum.
     """
@@ -259,7 +274,8 @@ def convolution_bwd_kernel(
         if ENTERS:
             _row_gradient(
                 b, program - node_programs, first, nodes, chunk, parts, row_tiles, LANES,
-                DEPTHWISE, MOVES, SPLITS, ALIGN, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, UPCAST,
+                DEPTHWISE, MOVES, SPLITS, STARTS, ALIGN, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION,
+                UPCAST,
             )  # fmt: skip
     else:
         program -= node_programs + row_programs

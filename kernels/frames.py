@@ -47,7 +47,7 @@ from fastshift.kernels.record import (
     totals_of,
 )
 
-__all__ = ["frame_bwd_kernel", "frame_fwd_kernel"]
+__all__ = ["add_passed", "frame_bwd_kernel", "frame_fwd_kernel"]
 
 
 @triton.jit
@@ -157,6 +157,35 @@ def _load_d_out(b, node, pixel, inside, offs_c, there, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def add_passed(
+    acc,
+    b,
+    node,
+    choice,
+    pixel,
+    inside,
+    tile,
+    channels,
+    ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Add what goes straight from a node's gradient to its parent's row, `[P, C]`."""
+    passes = tl.load(b.frames + choice * FRAME + FRAME_ROW)
+    if passes == 1:
+        offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        acc += _load_d_out(b, node, pixel, inside, offs_c, offs_c < channels, ALIGN)
+    elif passes == 2:
+        # Half as many channels, side by side: as even ones they would be read one by one.
+        offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
+        half = tl.multiple_of(channels // 2, (ALIGN + 1) // 2)
+        even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < half, ALIGN)
+        pairs = tl.join(even, tl.zeros_like(even))
+        acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
+    return acc
+
+
+@triton.jit
 def _last_totals(
     b,
     program,
@@ -229,16 +258,9 @@ def _passed_gradient(
     for node in range(begin, stop):
         choice = tl.load(b.choice + node)
         if (tl.load(b.parent + node) == row) & (choice >= 0):
-            passes = tl.load(b.frames + choice * FRAME + FRAME_ROW)
-            if passes == 1:
-                acc += _load_d_out(b, node, pixel, inside, offs_c, mask_c, ALIGN)
-            elif passes == 2:
-                # Half as many channels, side by side: as even ones they would be read one by one.
-                offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
-                half = tl.multiple_of(channels // 2, (ALIGN + 1) // 2)
-                even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < half, ALIGN)
-                pairs = tl.join(even, tl.zeros_like(even))
-                acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
+            acc = add_passed(
+                acc, b, node, choice, pixel, inside, tile, channels, ALIGN, BLOCK_P, BLOCK_C
+            )
     at = b.sums + row.to(tl.int64) * positions * channels
     at += pixel[:, None] * channels + offs_c[None, :]
     tl.store(at, acc.to(b.sums.dtype.element_ty), mask=inside[:, None] & mask_c[None, :])
@@ -260,7 +282,7 @@ def frame_bwd_kernel(
     row_parts,
     row_tiles,
     node_programs,
-    ROWS: tl.constexpr,
+    PASSES: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -279,7 +301,7 @@ def frame_bwd_kernel(
             channels.
         row_parts, row_tiles: tiles of a row's pixels and channels.
         node_programs: of the first range; the rest has the rows.
-        ROWS: whether their gradients are wanted.
+        PASSES: whether rows' gradients are wanted, and no unit reads one whose launch has them.
     """
     program = tl.program_id(0)
     if program == 0:
@@ -287,7 +309,7 @@ def frame_bwd_kernel(
             tl.store(b.destinations + index, gradients[index].to(tl.int64))
     if program < node_programs:
         _last_totals(b, program, width, chunk, parts, tiles, ALIGN, BLOCK_P, BLOCK_C)
-    elif ROWS:
+    elif PASSES:
         _passed_gradient(
             b, program - node_programs, nodes, row_parts, row_tiles, ALIGN,
             BLOCK_P, BLOCK_C,

@@ -130,7 +130,7 @@ def infer_bands_kernel(
         rows = tl.minimum(end, number(job, OUT_HEIGHT)) - tl.maximum(begin, 0)
         positions = band_images * rows * number(job, OUT_WIDTH)
         across, _ = tiles_across(job, BLOCK_N, BLOCK_K)
-        there = (choice >= 0) & (positions > 0)
+        there = (choice >= 0) & (band_images > 0) & (rows > 0)
         tiles = tl.where(there, tl.cdiv(positions, BLOCK_P) * across, 0)
         # Found now, since it alone is then kept for the next pass.
         last = tl.load(job + JOBS_BEHIND) == 0

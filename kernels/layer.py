@@ -128,7 +128,8 @@ def backward(
     if sums is None:
         gradients = [torch.empty(p.shape, dtype=torch.float32, device=device) for p in parameters]
     row_sums = d_rows
-    if rows.dtype is not torch.float32 and any(step.enters for step in plan.steps):
+    # Where more than one launch adds to them, sums stay in float32 until the last, which rounds.
+    if rows.dtype is not torch.float32 and sum(step.enters for step in plan.steps) > 1:
         row_sums = torch.empty(d_rows.shape, dtype=torch.float32, device=device)
     table, frames = plan.tables(device, kept=True)
     addresses, _ = address_table(parameters, device)
@@ -150,7 +151,7 @@ def backward(
         destinations=torch.empty(max(len(gradients), 1), dtype=torch.int64, device=device),
         totals=torch.empty(totals, dtype=torch.float32, device=device),
         d_out=d_out,
-        gradient=_raw_rows(plan, nodes, plan.passing_elements, rows).view(rows.dtype),
+        gradient=_raw_rows(plan, nodes, plan.gradient_elements, rows).view(rows.dtype),
         sums=row_sums,
         d_rows=d_rows,
         partial_weights=torch.empty(weight_floats, dtype=torch.float32, device=device),

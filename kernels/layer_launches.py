@@ -130,15 +130,15 @@ def backward_launches(
             "row_parts": frame.row_parts,
             "row_tiles": frame.row_tiles,
             "node_programs": frame.node_programs,
-            "ROWS": needs_rows,
+            "PASSES": frame.row_programs > 0,
             "ALIGN": plan.align,
             "BLOCK_P": FRAME_PIXELS,
             "BLOCK_C": frame.block,
         },
         num_warps=warps_of(FRAME_PIXELS, frame.block, 4),
+        max_registers=FEW_REGISTERS,
     )
     counters = frame.counters
-    # Sums in float32 go on until the last launch that adds to them, which rounds them once.
     entering = [step for step in plan.steps if step.enters]
     for own, step in zip(steps, reversed(plan.steps), strict=True):
         ends = step is entering[0]
@@ -163,6 +163,7 @@ def backward_launches(
                 "counters": counters,
                 **_options(plan, step, dtype, precision),
                 "ENTERS": step.enters and needs_rows,
+                "STARTS": step is entering[-1],
                 "ADDS": adds,
                 "BLOCK_P": own.blocks.pixels,
                 "BLOCK_C": own.blocks.channels,

@@ -7,7 +7,7 @@ choice; two populations of a layer differ in device buffers alone.
 
 Rows of hidden units lie in one buffer, `node_elements` to a node; where in it, in lines of `LINE`
 elements, is in the records. `kept` rows have places of their own, others take turns in two places
-for each chain.
+for each chain, one for every other unit, as the gradients of hidden units do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -120,13 +121,13 @@ class LayerPlan:
     Attributes:
         ops, num_choices: candidate ops.
         chains: their units, and `placed`: those of each step.
-        kept, passing: where a unit's rows begin, by choice, chain and index, where all are kept
-            and where they take turns.
+        kept, passing, gradients: where a unit's rows begin, by choice, chain and index, where all
+            are kept and where they take turns; and the gradient of its output's, where it is not
+            the node's own.
         channels: of a row and of a node's.
         steps: in order of the forward pass; the backward pass goes through them in reverse.
         out_size: height and width of a node's rows.
-        kept_elements, passing_elements: of a node's hidden rows, where all are kept and where they
-            take turns, as the gradients of theirs do.
+        kept_elements, passing_elements, gradient_elements: of a node, where its choice has most.
         align: a power of two, up to 16, that divides every number of channels.
     """
 
@@ -150,8 +151,9 @@ class LayerPlan:
                 self.placed[step].append(placed)
         self.out_size = next((chain[-1].out_size for chain in self.chains), self.size)
         self.longest_chain = max(map(len, self.chains), default=0)
-        self.kept, self.kept_elements = self._places(kept=True)
-        self.passing, self.passing_elements = self._places(kept=False)
+        self.kept, self.kept_elements = self._places(turns=False, hidden=False)
+        self.passing, self.passing_elements = self._places(turns=True, hidden=False)
+        self.gradients, self.gradient_elements = self._places(turns=True, hidden=True)
         self.align = math.gcd(16, *self._channel_counts())
         self.steps = self._steps()
         self.row_pixels, self.out_pixels = (
@@ -183,25 +185,30 @@ class LayerPlan:
             -(-self.images * math.prod(placed.out_size) * placed.unit.out_channels // LINE) * LINE
         )
 
-    def _places(self, *, kept: bool) -> tuple[dict[tuple[int, int, int], int], int]:
-        """Where a unit's rows begin, by choice, chain and index; and the elements of a node."""
-        found, total = {}, 0
-        room = [0, 0]
-        for chain in self.chains:
-            at = chain[0].chain
-            room[at] = max(room[at], *map(self._elements, chain))
+    def _places(self, turns: bool, hidden: bool) -> tuple[dict[tuple[int, int, int], int], int]:
+        """Where a unit's rows begin, by choice, chain and index; and the elements of a node.
+
+        Args:
+            turns: whether a chain's rows take turns in two places.
+            hidden: whether its last ones lie elsewhere (they have place 0, which is not used).
+        """
+        found: dict[tuple[int, int, int], int] = {}
         ends: dict[int, int] = {}
         for chain in self.chains:
-            choice = chain[0].choice
-            for placed in chain:
-                if kept:
-                    place = ends.get(choice, 0)
-                    ends[choice] = place + self._elements(placed)
-                else:
-                    place = 2 * room[0] * placed.chain + placed.index % 2 * room[placed.chain]
-                found[choice, placed.chain, placed.index] = place
-        total = max(ends.values(), default=0) if kept else 2 * sum(room)
-        return found, total
+            choice, kind = chain[0].choice, chain[0].chain
+            end = ends.get(choice, 0)
+            units = chain[:-1] if hidden else chain
+            sizes = [self._elements(placed) for placed in units]
+            if turns:
+                rooms = [max(sizes[0::2], default=0), max(sizes[1::2], default=0)]
+                places = [end + index % 2 * rooms[0] for index in range(len(units))]
+                ends[choice] = end + sum(rooms)
+            else:
+                places = [end + before for before in accumulate(sizes[:-1], initial=0)]
+                ends[choice] = end + sum(sizes)
+            places += [0] * (len(chain) - len(units))
+            found |= {(choice, kind, index): place for index, place in enumerate(places)}
+        return found, max(ends.values(), default=0)
 
     def _channel_counts(self) -> list[int]:
         found = [*self.channels]

@@ -105,12 +105,12 @@ def _record(plan: LayerPlan, placed: Placed, chain: Sequence[Placed], *, kept: b
         "scale": scale,
         "shift": shift,
         "eps": struct.unpack("<i", struct.pack("<f", unit.eps))[0],
-        "gradient": plan.passing[(*key, placed.index)] // LINE,
+        "gradient": plan.gradients[(*key, placed.index)] // LINE,
         "source_raw": raw[(*key, source.index)] // LINE if source else 0,
         "source_channel": source.channel if source else 0,
         "source_relu": source.unit.relu if source else 0,
         "source_shift": source.parameters[2] if source else -1,
-        "source_gradient": plan.passing[(*key, source.index)] // LINE if source else 0,
+        "source_gradient": plan.gradients[(*key, source.index)] // LINE if source else 0,
     }
     return [int(values[name]) for name in FIELDS]
 
@@ -123,7 +123,7 @@ def _header(plan: LayerPlan, *, kept: bool) -> list[int]:
         "out_pixels": plan.out_pixels,
         "out_channels": plan.channels[1],
         "raw_lines": (plan.kept_elements if kept else plan.passing_elements) // LINE,
-        "gradient_lines": plan.passing_elements // LINE,
+        "gradient_lines": plan.gradient_elements // LINE,
         "statistics_floats": plan.statistics_floats,
         "totals_floats": plan.totals_floats,
     }

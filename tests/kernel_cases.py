@@ -55,6 +55,7 @@ OPS = {
         op_of([("depthwise", c, c, k, s)], "plain", s) for k, s in ((3, 2), (5, 2), (7, 2))
     ],
     "pair": lambda c: [inverted_residual(c, c, 1, 2, 3), shuffle_unit(c, c, 1, 3)],
+    "nothing": lambda c: [identity(c), identity(c)],
     "one": lambda c: [identity(c), op_of([("pointwise", c, c)], "residual")],
 }
 SHAPES = {"easy": (4, 8, 6, 6), "odd": (3, 6, 5, 3), "tiny": (5, 4, 1, 1)}  # N, C, H, W

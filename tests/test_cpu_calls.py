@@ -10,6 +10,7 @@ import torch
 from block_cases import (
     ABLE,
     SOME,
+    autocast,
     by_kernels,
     chain,
     check_training,
@@ -203,6 +204,26 @@ def test_instruction_sets_agree_up_to_rounding(monkeypatch, isa):
     for other in found[1:]:
         for name in other:
             assert torch.allclose(other[name], found[0][name], rtol=1e-4, atol=1e-3), name
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 17)], ids=str)
+def test_pytorchs_own_products_in_bfloat16_are_left_alone(size):
+    """Both have the machine's tiles set up in their own way, each behind the other's back."""
+    rows, columns = size
+    linear, x = nn.Linear(columns, 48), torch.randn(rows, columns)
+    square = torch.randn(2, 3, rows, 32).bfloat16()
+    module, images = make_op(chain, 40).eval(), make_rows((5, 40, 6, 7))
+    calls = [
+        lambda: linear(x),
+        lambda: functional.scaled_dot_product_attention(square, square, square),
+    ]
+    with torch.no_grad(), autocast(torch.bfloat16):
+        alone = [call() for call in calls]
+        own = infer(module, images)
+        for _ in range(2):
+            for call, want in zip(calls, alone, strict=True):
+                assert torch.equal(call(), want)
+                assert torch.equal(infer(module, images), own)
 
 
 # Through the statistics' policies

@@ -243,6 +243,7 @@ def _record(code=None, counted=100, **changes):
         "load_width": 16,
         "store_width": 16,
         "narrow": [],
+        "no_rows": [],
         "dot": True,
     }
     return {
@@ -271,6 +272,7 @@ def _record(code=None, counted=100, **changes):
         (_record(_code(products=False)), "no kernel of it has a matrix product"),
         (_record(_code(load_bytes=8)), "widest load 8 bytes, expected 16"),
         (_record(_code(store_bytes=4)), "widest store 4 bytes, expected 16"),
+        (_record(_code(load_bytes=4), no_rows=["k"]), "widest load 4 bytes, expected 16"),
         (_record(_code(loads={"2": 3, "16": 2})), "3 loads of at most 16 bits"),
         (_record(made_bytes=9, allocated_bytes=4106), "4106 bytes made, needed are 9"),
         (_record(scratch_bytes=5, allocated_bytes=4112), "4112 bytes made, needed are 10"),
@@ -289,6 +291,7 @@ def test_a_missed_target_is_named(found, words):
 def test_what_meets_its_targets_passes():
     assert shortfalls(_record()) == []
     assert shortfalls(_record(_code(load_bytes=4, store_bytes=4), narrow=["k"])) == []
+    assert shortfalls(_record(_code(store_bytes=4), no_rows=["k"])) == []
     assert shortfalls(_record(_code(load_bytes=4), load_width=4)) == []
     assert shortfalls(_record(_code(loads={"1": 8}), load_width=8)) == []
     assert shortfalls(_record(made_bytes=9, allocated_bytes=4105)) == []

@@ -76,6 +76,7 @@ def _assert_accurate(case, use, found=None):
 @pytest.mark.parametrize(
     ("name", "shape", "population", "dtype"),
     [
+        ("nothing", "odd", "padded", torch.bfloat16),
         ("s1", "odd", "every_choice", torch.float32),
         ("s2", "odd", "padded", torch.float32),
         ("rare", "tiny", (1, [0, 0, 0], [0, 1, 2]), torch.float32),

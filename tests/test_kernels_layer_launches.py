@@ -53,8 +53,8 @@ def test_launches_are_two_more_than_the_longest_chains_convolutions(nodes, monke
     monkeypatch.setattr(kernels, "torch", torch)
     for text, channels in _space_layers():
         layer = parse_layer(text)
-        longest = max(len(c) for op in layer.ops if op for c in (op.units[: op.main],))
-        longest = max(longest, *(len(op.units) - op.main for op in layer.ops if op))
+        chains = [n for op in layer.ops if op for n in (op.main, len(op.units) - op.main)]
+        longest = max(chains, default=0)
         own = plan.plan_layer(layer, 2, 8, 8, channels)
         rows = torch.empty(1, 2, 8, 8, channels, device="meta")
         buffers = [torch.empty(nodes, dtype=torch.int32, device="meta") for _ in range(2)]
