@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -340,6 +341,8 @@ def shares_of_bound(found, plain, exact, dtype=torch.float32, nearly_zero=None):
         assert found[name].shape == exact[name].shape, name
         error = error_of(found[name], exact[name])
         bound = max(error_of(values[name], exact[name]) for values in plain)
+        if not math.isfinite(bound):  # PyTorch's own, in bfloat16 of a map smaller than the kernel
+            bound = 0.0
         size = float(exact[name].norm())
         floor = FLOORS[dtype] * size
         if name[:2] == "d " and size <= nearly_zero * scale:

@@ -87,11 +87,14 @@ def test_training_in_bfloat16_is_as_accurate_as_pytorchs_on_average(make, own_pr
         if fits(make, shape):
             bounded = name in ("easy", "odd")
             ratios += _ratios(make_op(make, shape[1]), make_rows(shape), bounded).values()
+            for seed in range(10, 12):  # of one draw a flip may be most of the mean
+                module, x = make_op(make, shape[1], seed=seed), make_rows(shape, seed=seed)
+                ratios += _ratios(module, x).values()
     assert geometric_mean(ratios) <= 1.25
 
 
 # Of few values a flip is a larger part: single draws differ by ten, and more of them tell.
-DRAWS = {"easy": 9, "odd": 9, "many_channels": 9, "one_image": 40, "under_the_kernel": 40}
+DRAWS = {"easy": 9, "odd": 9, "many_channels": 40, "one_image": 40, "under_the_kernel": 40}
 
 
 @pytest.mark.parametrize(
