@@ -119,12 +119,13 @@ struct Reader {
   }
 };
 
-// Positions [from, width) of one line of outputs, `Unroll` at a time; returns where it stopped.
-template <int Kernel, int Stride, int Unroll>
+// Positions [from, width) of one line of outputs, `Unroll` at a time, each a sum of `Sets` that do
+// not wait for each other; returns where it stopped.
+template <int Kernel, int Stride, int Unroll, int Sets, class Emit>
 inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, int64_t from,
-                             int64_t width, Vec* to) {
+                             int64_t width, Emit& emit) {
   for (; from + Unroll <= width; from += Unroll) {
-    Vec sum[Unroll] = {};
+    Vec sum[Sets][Unroll] = {};
     const Vec* taps = weight;
     FS_OPAQUE(taps);
     for (int ky = 0; ky < Kernel; ++ky) {
@@ -133,28 +134,59 @@ inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, int64_t
 #pragma GCC unroll 7
       for (int kx = 0; kx < Kernel; ++kx) {
         const Vec tap = taps[kx];
-#pragma GCC unroll 8
-        for (int u = 0; u < Unroll; ++u) sum[u] += tap * line[u * Stride + kx];
+#pragma GCC unroll 16
+        for (int u = 0; u < Unroll; ++u) sum[kx % Sets][u] += tap * line[u * Stride + kx];
       }
       taps += Kernel;
     }
-#pragma GCC unroll 8
-    for (int u = 0; u < Unroll; ++u) to[from + u] = sum[u];
+#pragma GCC unroll 16
+    for (int u = 0; u < Unroll; ++u) {
+#pragma GCC unroll 4
+      for (int set = 1; set < Sets; ++set) sum[0][u] += sum[set][u];
+      emit(from + u, sum[0][u]);
+    }
   }
   return from;
 }
 
-template <int Kernel, int Stride>
-inline void convolve(const Vec* const* lines, const Vec* weight, int64_t width, Vec* to) {
+template <int Kernel, int Stride, class Emit>
+inline void convolve(const Vec* const* lines, const Vec* weight, int64_t width, Emit emit) {
 #if FS_LANES == 16
-  int64_t x = convolve_part<Kernel, Stride, 8>(lines, weight, 0, width, to);
-  x = convolve_part<Kernel, Stride, 4>(lines, weight, x, width, to);
+  int64_t x = 0;
+  // Widths of maps whose sides halve from 224 or from a power of two.
+  if (width % 14 == 0) x = convolve_part<Kernel, Stride, 14, 1>(lines, weight, x, width, emit);
+  x = convolve_part<Kernel, Stride, 8, 2>(lines, weight, x, width, emit);
+  x = convolve_part<Kernel, Stride, 7, 2>(lines, weight, x, width, emit);
+  x = convolve_part<Kernel, Stride, 4, 2>(lines, weight, x, width, emit);
+  x = convolve_part<Kernel, Stride, 2, 2>(lines, weight, x, width, emit);
 #else
-  int64_t x = convolve_part<Kernel, Stride, 4>(lines, weight, 0, width, to);
+  int64_t x = convolve_part<Kernel, Stride, 4, 1>(lines, weight, 0, width, emit);
+  x = convolve_part<Kernel, Stride, 2, 1>(lines, weight, x, width, emit);
 #endif
-  x = convolve_part<Kernel, Stride, 2>(lines, weight, x, width, to);
-  convolve_part<Kernel, Stride, 1>(lines, weight, x, width, to);
+  convolve_part<Kernel, Stride, 1, 1>(lines, weight, x, width, emit);
 }
+
+// Inference: the folded batch norm, activation and residual of a line's vector of channels.
+template <class T>
+struct EmitAffine {
+  T* to;
+  int64_t to_row;
+  const T* residual;
+  int64_t residual_row;
+  Vec scale, move, least;
+  int count;
+
+  __attribute__((always_inline)) void operator()(int64_t x, Vec sum) const {
+    Vec value = at_least(least, scale * sum + move);
+    if (residual) value += load_some(residual + x * residual_row, count);
+    store_some(to + x * to_row, value, count);
+  }
+};
+
+struct EmitLine {
+  Vec* to;
+  __attribute__((always_inline)) void operator()(int64_t x, Vec sum) const { to[x] = sum; }
+};
 
 template <class T, int Kernel, int Stride>
 void depthwise_forward_of(const Forward& task, float* scratch) {
@@ -198,11 +230,10 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
           for (int ky = 0; ky < Kernel; ++ky) {
             lines[ky] = ring + v * plane + (y * Stride + ky) % Kernel * padded;
           }
-          convolve<Kernel, Stride>(
-              lines, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
-              g.out_width, line);
+          const Vec* taps = reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel;
           T* to = row_of<T>(task.y, row) + c;
           if (task.sums) {
+            convolve<Kernel, Stride>(lines, taps, g.out_width, EmitLine{line});
             if (!started) {
               // A line's mean: its first value, at a corner, may lie far off.
               Vec start = {};
@@ -222,15 +253,15 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
             square[v] += own_square;
             continue;
           }
-          const Vec scale = affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f);
-          const Vec move = affine ? load_some(task.epilogue.shift + c, count) : Vec{};
-          const T* from = residual.data ? row_of<T>(residual, row) + c : nullptr;
-          for (int64_t x = 0; x < g.out_width; ++x) {
-            Vec value = scale * line[x] + move;
-            if (task.epilogue.relu) value = relu(value);
-            if (from) value += load_some(from + x * residual.row, count);
-            store_some(to + x * task.y.row, value, count);
-          }
+          const EmitAffine<T> emit{to,
+                                   task.y.row,
+                                   residual.data ? row_of<T>(residual, row) + c : nullptr,
+                                   residual.row,
+                                   affine ? load_some(task.epilogue.scale + c, count) : splat(1.0f),
+                                   affine ? load_some(task.epilogue.shift + c, count) : Vec{},
+                                   splat(task.epilogue.relu ? 0.0f : -__builtin_inff()),
+                                   count};
+          convolve<Kernel, Stride>(lines, taps, g.out_width, emit);
         }
         started = true;
       }
@@ -402,7 +433,7 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
           const int count = reader.count(v);
           convolve<Kernel, 1>(
               draw, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
-              g.width, line);
+              g.width, EmitLine{line});
           const Vec* active = task.prologue.relu ? input[kPad] + kPad : nullptr;
           const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
           const T* from = row_of<T>(task.x, row) + c * task.x.step;

@@ -1,4 +1,5 @@
 // What becomes of a product's sums while they are in registers. Included once per instruction set.
+// Each has `tile`, and `keep`, which takes over what a copy of it has added up.
 
 // What a panel does with its sums, in registers. `counts`: channels of each of its vectors.
 struct Columns {
@@ -13,6 +14,7 @@ struct StoreRows : Columns {
   int64_t to_row;
   StoreRows(int64_t channels, int64_t column, float* to, int64_t to_row)
       : Columns(channels, column), to(to), to_row(to_row) {}
+  void keep(const StoreRows&) {}
 
   template <int Rows, int Vectors>
   __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
@@ -31,6 +33,7 @@ struct AddRows : Columns {
   int64_t to_row;
   AddRows(int64_t channels, int64_t column, float* to, int64_t to_row)
       : Columns(channels, column), to(to), to_row(to_row) {}
+  void keep(const AddRows&) {}
 
   template <int Rows, int Vectors>
   __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
@@ -54,6 +57,7 @@ struct StoreSums : Columns {
   bool starts;  // the shift is yet to be chosen
   StoreSums(int64_t channels, int64_t column, T* to, int64_t to_row, bool starts)
       : Columns(channels, column), to(to), to_row(to_row), starts(starts) {}
+  void keep(const StoreSums& own) { *this = own; }
 
   template <int Rows, int Vectors>
   __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
@@ -95,15 +99,14 @@ struct StoreAffine : Columns {
   int64_t to_row;
   const T* residual;
   int64_t residual_row;
-  Vec scale[kTileVectors], move[kTileVectors];
-  bool cut;
+  Vec scale[kTileVectors], move[kTileVectors], least;
   StoreAffine(const Forward& task, int64_t column, T* to, int64_t to_row, int64_t first)
       : Columns(task.geometry.out_channels, column),
         to(to),
         to_row(to_row),
         residual(task.residual.data ? row_of<T>(task.residual, first) + column : nullptr),
         residual_row(task.residual.row),
-        cut(task.epilogue.relu) {
+        least(splat(task.epilogue.relu ? 0.0f : -__builtin_inff())) {
     for (int v = 0; v < kTileVectors; ++v) {
       const bool affine = task.epilogue.scale && counts[v] > 0;
       const int64_t c = column + v * kLanes;
@@ -111,6 +114,7 @@ struct StoreAffine : Columns {
       move[v] = affine ? load_some(task.epilogue.shift + c, counts[v]) : Vec{};
     }
   }
+  void keep(const StoreAffine&) {}
 
   template <int Rows, int Vectors>
   __attribute__((always_inline)) void tile(int64_t row, Vec (&sum)[Rows][Vectors]) {
@@ -118,8 +122,7 @@ struct StoreAffine : Columns {
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
-        Vec value = scale[v] * sum[r][v] + move[v];
-        if (cut) value = relu(value);
+        Vec value = at_least(least, scale[v] * sum[r][v] + move[v]);
         if (residual) {
           value += load_some(residual + (row + r) * residual_row + v * kLanes, counts[v]);
         }
@@ -159,6 +162,12 @@ struct StoreGradient : Columns {
       const bool there = counts[v] > 0;
       mean[v] = task.sums && there ? load_some(task.x_mean + c, counts[v]) : Vec{};
       constant[v] = partial && there ? load_some(task.constant + c, counts[v]) : Vec{};
+    }
+  }
+  void keep(const StoreGradient& own) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      total[v] = own.total[v];
+      products[v] = own.products[v];
     }
   }
 

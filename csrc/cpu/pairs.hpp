@@ -28,6 +28,27 @@ inline void pack_pairs(const float* from, int64_t from_row, int64_t k, int colum
   }
 }
 
+// The same of what lies the other way round, `columns` rows of [k].
+inline void pack_pairs_of_rows(const float* from, int64_t from_row, int64_t k, int columns,
+                               float* to) {
+  for (int64_t step = 0; step < pair_depth(k); step += kPairDepth, to += kLanes * kPanel) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      Vec words[kLanes] = {};
+      for (int c = 0; c < kLanes && v * kLanes + c < columns; ++c) {
+        const float* here = from + (v * kLanes + c) * from_row;
+        alignas(64) uint16_t pairs[2 * kLanes] = {};
+        for (int64_t at = step; at < step + kPairDepth && at < k; at += kLanes) {
+          const Halves some = narrow(load_some(here + at, lanes_left(k, at)));
+          __builtin_memcpy(pairs + (at - step), &some, sizeof(some));
+        }
+        __builtin_memcpy(&words[c], pairs, sizeof(pairs));
+      }
+      transpose(words);
+      for (int pair = 0; pair < kLanes; ++pair) store(to + pair * kPanel + v * kLanes, words[pair]);
+    }
+  }
+}
+
 // Rows of floats as rows of bfloat16, zeros up to `to_row`.
 inline void narrow_rows(const float* from, int64_t rows, int64_t k, Bf16* to, int64_t to_row) {
   for (int64_t row = 0; row < rows; ++row, from += k, to += to_row) {
@@ -42,9 +63,13 @@ inline void narrow_columns(const float* from, int64_t rows, int64_t k, Bf16* to)
   const int64_t to_row = pair_depth(rows);
   for (int64_t c = 0; c < k; c += kLanes) {
     const int count = lanes_left(k, c);
-    for (int64_t row = 0; row < to_row; ++row) {
-      const Halves value = narrow(row < rows ? load_some(from + row * k + c, count) : Vec{});
-      for (int lane = 0; lane < count; ++lane) to[(c + lane) * to_row + row].bits = value[lane];
+    for (int64_t first = 0; first < to_row; first += kLanes) {
+      Vec block[kLanes] = {};
+      for (int row = 0; row < kLanes && first + row < rows; ++row) {
+        block[row] = load_some(from + (first + row) * k + c, count);
+      }
+      transpose(block);
+      for (int lane = 0; lane < count; ++lane) store(to + (c + lane) * to_row + first, block[lane]);
     }
   }
 }
@@ -124,18 +149,28 @@ inline void tile_done() { _tile_release(); }
 #define FS_TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif
 
-template <int Rows, class Finish>
-inline void finish_pairs(const float* sums, int64_t row, int64_t at, int columns, Finish& finish) {
-  Vec both[Rows][kTileVectors], one[Rows][1];
+template <int Rows, int Vectors, class Finish>
+__attribute__((always_inline)) inline void finish_rows(const float* sums, int64_t row,
+                                                       Finish& finish) {
+  Vec some[Rows][Vectors];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) both[r][v] = load(sums + (at + r) * kPanel + v * kLanes);
-    one[r][0] = both[r][0];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) some[r][v] = load(sums + r * kPanel + v * kLanes);
   }
-  if (columns > kLanes) {
-    finish.template tile<Rows, kTileVectors>(row + at, both);
-  } else {
-    finish.template tile<Rows, 1>(row + at, one);
+  finish.template tile<Rows, Vectors>(row, some);
+}
+
+// Rows [row, row + count) of a panel, whose sums lie in memory.
+template <int Vectors, class Finish>
+inline void finish_block(const float* sums, int64_t row, int64_t count, Finish& finish) {
+  Finish own = finish;  // in registers: for all the compiler knows a store may change `finish`
+  int64_t at = 0;
+  for (; at + kFewRows <= count; at += kFewRows) {
+    finish_rows<kFewRows, Vectors>(sums + at * kPanel, row + at, own);
   }
+  for (; at < count; ++at) finish_rows<1, Vectors>(sums + at * kPanel, row + at, own);
+  finish.keep(own);
 }
 
 // a[rows, k] times one panel of pairs, of which `columns` count; `a` has rows up to a multiple of
@@ -143,11 +178,23 @@ inline void finish_pairs(const float* sums, int64_t row, int64_t at, int columns
 template <class Finish>
 inline void pairs_product(int64_t rows, int64_t k, const Bf16* a, int64_t a_row, const float* panel,
                           int columns, Finish& finish, Ahead& ahead) {
-  alignas(64) float sums[kPairRows * kPanel];
+  // Two blocks' sums in turn: one's are finished while the tiles work on the next.
+  alignas(64) float blocks[2][kPairRows * kPanel];
   const int64_t depth = pair_depth(k), stride = a_row * static_cast<int64_t>(sizeof(Bf16));
   // The tiles' instructions do not tell the compiler that they read the operands.
   asm volatile("" : : "r"(a), "r"(panel) : "memory");
-  for (int64_t row = 0; row < rows; row += kPairRows) {
+  const auto finish_at = [&](int64_t row) {
+    const float* sums = blocks[row / kPairRows % 2];
+    const int64_t count = rows - row < kPairRows ? rows - row : kPairRows;
+    if (columns > kLanes) {
+      finish_block<kTileVectors>(sums, row, count, finish);
+    } else {
+      finish_block<1>(sums, row, count, finish);
+    }
+  };
+  int64_t row = 0;
+  for (; row < rows; row += kPairRows) {
+    float* sums = blocks[row / kPairRows % 2];
     const Bf16* here = a + row * a_row;
     const char* line = nullptr;
     for (int64_t lines = ahead.next(depth, line); lines > 0; --lines, line += 64) {
@@ -173,13 +220,9 @@ inline void pairs_product(int64_t rows, int64_t k, const Bf16* a, int64_t a_row,
     FS_TILE_STORE(2, sums + 16 * kPanel, kPanel * 4);
     FS_TILE_STORE(3, sums + 16 * kPanel + 16, kPanel * 4);
     asm volatile("" : : "r"(sums) : "memory");
-    const int64_t count = rows - row < kPairRows ? rows - row : kPairRows;
-    int64_t at = 0;
-    for (; at + kFewRows <= count; at += kFewRows) {
-      finish_pairs<kFewRows>(sums, row, at, columns, finish);
-    }
-    for (; at < count; ++at) finish_pairs<1>(sums, row, at, columns, finish);
+    if (row) finish_at(row - kPairRows);
   }
+  if (row) finish_at(row - kPairRows);
 }
 
 #else

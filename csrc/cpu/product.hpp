@@ -7,16 +7,23 @@ constexpr int64_t kChunkFloats = 96 * 1024;  // of a chunk's rows, within the se
 // Inputs of one output.
 inline int64_t depth(const Geometry& g) { return g.in_channels * g.kernel * g.kernel; }
 
+// Rows of a chunk are a multiple.
+#if defined(FS_AMX)
+constexpr int64_t kChunkStep = kPairRows;
+#else
+constexpr int64_t kChunkStep = kTileRows;
+#endif
+
 inline int64_t chunk_rows(const Geometry& geometry) {
   int64_t rows = kChunkFloats / (depth(geometry) + geometry.out_channels);
   rows = rows < 2 * kTileRows ? 2 * kTileRows : rows > 16 * kTileRows ? 16 * kTileRows : rows;
-  return rows / kTileRows * kTileRows;
+  return round_up(rows / kTileRows * kTileRows, kChunkStep);
 }
 
 // Rows of each of as many chunks as `total` rows need, all of about the same size.
 inline int64_t even_chunk(const Geometry& geometry, int64_t total) {
   const int64_t most = chunk_rows(geometry), chunks = (total + most - 1) / most;
-  return chunks < 2 ? most : round_up((total + chunks - 1) / chunks, kTileRows);
+  return chunks < 2 ? most : round_up((total + chunks - 1) / chunks, kChunkStep);
 }
 
 #if defined(FS_PAIRS)
@@ -173,9 +180,58 @@ inline void read_rows(const Geometry& geometry, const Source& x, const Affine& p
   }
 }
 
+// The same in bfloat16, zeros up to `to_row`.
+template <class T>
+inline void read_narrow_rows(const Source& x, const Affine& prologue, const Geometry& g,
+                             int64_t first, int64_t rows, Bf16* to, int64_t to_row) {
+  for (int64_t row = first; row < first + rows; ++row, to += to_row) {
+    const T* from = row_of<T>(x, source_row(g, row));
+    for (int64_t c = 0; c < to_row; c += kLanes) {
+      Vec value = {};
+      if (c < g.in_channels) {
+        const int count = lanes_left(g.in_channels, c);
+        value = apply_affine(gather(from, x.step, c, count), prologue, c, count);
+      }
+      store(to + c, value);
+    }
+  }
+}
+
 inline bool reads_directly(const Geometry& geometry, const Source& x, const Affine& prologue) {
   return !prologue.scale && !prologue.relu && x.step == 1 && geometry.stride == 1 &&
          geometry.kernel == 1;
+}
+
+// A chunk of rows as an operand: where they lie if they can be read there, else in `scratch`, or in
+// bfloat16 in `pairs`.
+template <class T>
+inline void read_operand(const Geometry& g, const Source& x, const Affine& prologue, int64_t first,
+                         int64_t rows, float* scratch, float* pairs, Operand& a) {
+  const bool direct = reads_directly(g, x, prologue);
+  if constexpr (kPairs<T>) {
+#if defined(FS_PAIRS)
+    const T* from = row_of<T>(x, first);
+    // Tiles read whole blocks of rows, and all of a step's depth.
+    if (direct && g.in_channels % kPairDepth == 0 && rows % kPairRows == 0) {
+      a.pairs = from;
+      a.pairs_row = x.row;
+      return;
+    }
+    if (g.kernel == 1) {
+      Bf16* to = reinterpret_cast<Bf16*>(pairs);
+      a.pairs = to;
+      a.pairs_row = pair_depth(g.in_channels);
+      read_narrow_rows<T>(x, prologue, g, first, rows, to, a.pairs_row);
+      return;
+    }
+#endif
+  } else if (sizeof(T) == sizeof(float) && direct) {
+    a.rows = reinterpret_cast<const float*>(row_of<T>(x, first));
+    a.row = x.row;
+    return;
+  }
+  read_rows<T>(g, x, prologue, first, rows, scratch);
+  narrow_operand<T>(a, rows, depth(g), pairs);
 }
 
 // Rows of x that a later chunk reads.
@@ -212,7 +268,6 @@ void product_forward(const Forward& task, float* scratch) {
   const int64_t begin = task.first_image * per_image + task.first_line * g.out_width;
   const int64_t end = (task.stop_image - 1) * per_image + task.stop_line * g.out_width;
   const int64_t chunk = chunk_rows(g), in = depth(g), out = g.out_channels;
-  const bool direct = sizeof(T) == sizeof(float) && reads_directly(g, task.x, task.prologue);
   const bool streams = g.kernel == 1 && g.stride == 1;
   const int64_t panels = round_up(out, kPanel) / kPanel;
   float* const columns_of_y = scratch + chunk * in;
@@ -220,13 +275,7 @@ void product_forward(const Forward& task, float* scratch) {
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t rows = end - first < chunk ? end - first : chunk;
     Operand a{scratch, in, nullptr, 0};
-    if (direct) {
-      a.rows = reinterpret_cast<const float*>(row_of<T>(task.x, first));
-      a.row = task.x.row;
-    } else {
-      read_rows<T>(g, task.x, task.prologue, first, rows, scratch);
-      narrow_operand<T>(a, rows, in, pairs);
-    }
+    read_operand<T>(g, task.x, task.prologue, first, rows, scratch, pairs, a);
     Ahead ahead;
     const int64_t next = first + rows, stop = next + chunk < end ? next + chunk : end;
     if (streams) look_ahead<T>(ahead, 0, task.x, next, stop);

@@ -16,6 +16,17 @@ void pack_product(const float* weight, int64_t out, int64_t in, int kernel, bool
 #if defined(FS_PAIRS)
   if (element == kBfloat16) {
     const int64_t k = forward ? depth : out, columns = forward ? out : depth;
+    if (taps == 1) {
+      for (int64_t column = 0; column < columns; column += kPanel, to += pair_depth(k) / 2 * kPanel) {
+        const int count = columns - column < kPanel ? static_cast<int>(columns - column) : kPanel;
+        if (forward) {
+          pack_pairs_of_rows(weight + column * in, in, k, count, to);
+        } else {
+          pack_pairs(weight + column, in, k, count, to, pair_depth(k) / 2);
+        }
+      }
+      return;
+    }
     alignas(64) float two[2 * kPanel];
     for (int64_t column = 0; column < columns; column += kPanel) {
       const int count = columns - column < kPanel ? static_cast<int>(columns - column) : kPanel;

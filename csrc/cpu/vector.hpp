@@ -36,10 +36,22 @@ typedef uint16_t UnalignedHalves
     __attribute__((vector_size(2 * FS_LANES), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * FS_LANES)));
 
-inline Vec widen(Halves x) { return (Vec)(__builtin_convertvector(x, Words) << 16); }
+// Of 16 lanes __builtin_convertvector would make two halves, and join them.
+inline Vec widen(Halves x) {
+#if FS_LANES == 16
+  return (Vec)((Words)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)x) << 16);
+#else
+  return (Vec)(__builtin_convertvector(x, Words) << 16);
+#endif
+}
 inline Halves narrow(Vec x) {
 #if defined(FS_BF16)
   return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#elif FS_LANES == 16
+  const Words bits = (Words)x;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words value = x == x ? rounded : Words{} + 0x7fc0;
+  return (Halves)_mm512_maskz_cvtepi32_epi16((__mmask16)-1, (__m512i)value);
 #else
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -169,7 +181,14 @@ inline void store_alternate(T* to, Vec value) {
 #endif
 
 // NaN stays NaN, as in torch.
-inline Vec relu(Vec x) { return x < 0.0f ? Vec{} : x; }
+inline Vec at_least(Vec least, Vec x) {
+#if FS_LANES == 16
+  return (Vec)_mm512_maskz_max_ps((__mmask16)-1, (__m512)least, (__m512)x);  // x if one is NaN
+#else
+  return x < least ? least : x;
+#endif
+}
+inline Vec relu(Vec x) { return at_least(Vec{}, x); }
 // `gradient` where the activation was not cut off.
 inline Vec keep_positive(Vec gradient, Vec activation) {
   return activation <= 0.0f ? Vec{} : gradient;
