@@ -119,17 +119,30 @@ struct Reader {
   }
 };
 
+// Lines of taps that read lines of rows: others would add zeros.
+struct Taps {
+  int first, stop, step;
+};
+
+// Of a line of outputs, whose first tap reads line `from` of `lines`, every `step`-th of which is
+// there.
+inline Taps taps_of(int64_t from, int64_t lines, int kernel, int step) {
+  int64_t first = from < 0 ? -from : 0;
+  first += (step - (from + first) % step) % step;
+  const int64_t stop = (lines - 1) * step + 1 - from;
+  return {static_cast<int>(first), static_cast<int>(stop < kernel ? stop : kernel), step};
+}
+
 // Positions [from, width) of one line of outputs, `Unroll` at a time, each a sum of `Sets` that do
 // not wait for each other; returns where it stopped.
 template <int Kernel, int Stride, int Unroll, int Sets, class Emit>
-inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, int64_t from,
-                             int64_t width, Emit& emit) {
+inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, const Taps& span,
+                             int64_t from, int64_t width, Emit& emit) {
   for (; from + Unroll <= width; from += Unroll) {
     Vec sum[Sets][Unroll] = {};
-    const Vec* taps = weight;
-    FS_OPAQUE(taps);
-    for (int ky = 0; ky < Kernel; ++ky) {
-      const Vec* line = lines[ky] + from * Stride;
+    for (int ky = span.first; ky < span.stop; ky += span.step) {
+      const Vec *taps = weight + ky * Kernel, *line = lines[ky] + from * Stride;
+      FS_OPAQUE(taps);
       FS_OPAQUE(line);
 #pragma GCC unroll 7
       for (int kx = 0; kx < Kernel; ++kx) {
@@ -137,7 +150,6 @@ inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, int64_t
 #pragma GCC unroll 16
         for (int u = 0; u < Unroll; ++u) sum[kx % Sets][u] += tap * line[u * Stride + kx];
       }
-      taps += Kernel;
     }
 #pragma GCC unroll 16
     for (int u = 0; u < Unroll; ++u) {
@@ -150,20 +162,21 @@ inline int64_t convolve_part(const Vec* const* lines, const Vec* weight, int64_t
 }
 
 template <int Kernel, int Stride, class Emit>
-inline void convolve(const Vec* const* lines, const Vec* weight, int64_t width, Emit emit) {
+inline void convolve(const Vec* const* lines, const Vec* weight, Taps taps, int64_t width,
+                     Emit emit) {
 #if FS_LANES == 16
   int64_t x = 0;
   // Widths of maps whose sides halve from 224 or from a power of two.
-  if (width % 14 == 0) x = convolve_part<Kernel, Stride, 14, 1>(lines, weight, x, width, emit);
-  x = convolve_part<Kernel, Stride, 8, 2>(lines, weight, x, width, emit);
-  x = convolve_part<Kernel, Stride, 7, 2>(lines, weight, x, width, emit);
-  x = convolve_part<Kernel, Stride, 4, 2>(lines, weight, x, width, emit);
-  x = convolve_part<Kernel, Stride, 2, 2>(lines, weight, x, width, emit);
+  if (width % 14 == 0) x = convolve_part<Kernel, Stride, 14, 1>(lines, weight, taps, x, width, emit);
+  x = convolve_part<Kernel, Stride, 8, 2>(lines, weight, taps, x, width, emit);
+  x = convolve_part<Kernel, Stride, 7, 2>(lines, weight, taps, x, width, emit);
+  x = convolve_part<Kernel, Stride, 4, 2>(lines, weight, taps, x, width, emit);
+  x = convolve_part<Kernel, Stride, 2, 2>(lines, weight, taps, x, width, emit);
 #else
-  int64_t x = convolve_part<Kernel, Stride, 4, 1>(lines, weight, 0, width, emit);
-  x = convolve_part<Kernel, Stride, 2, 1>(lines, weight, x, width, emit);
+  int64_t x = convolve_part<Kernel, Stride, 4, 1>(lines, weight, taps, 0, width, emit);
+  x = convolve_part<Kernel, Stride, 2, 1>(lines, weight, taps, x, width, emit);
 #endif
-  convolve_part<Kernel, Stride, 1, 1>(lines, weight, x, width, emit);
+  convolve_part<Kernel, Stride, 1, 1>(lines, weight, taps, x, width, emit);
 }
 
 // Inference: the folded batch norm, activation and residual of a line's vector of channels.
@@ -219,8 +232,9 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
       for (int64_t y = task.first_line; y < task.stop_line; ++y) {
         for (; read < y * Stride + Kernel; ++read) {
           const int64_t from = read - kPad;
+          if (from < 0 || from >= g.height) continue;
           reader.line(g, task.x_lines, image, from, ring + read % Kernel * padded, plane);
-          if (from >= 0 && from < g.height) ahead.ask(image, group, from);
+          ahead.ask(image, group, from);
         }
         const int64_t row = (image * g.out_height + y) * g.out_width;
         for (int v = 0; v < vectors; ++v) {
@@ -230,10 +244,12 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
           for (int ky = 0; ky < Kernel; ++ky) {
             lines[ky] = ring + v * plane + (y * Stride + ky) % Kernel * padded;
           }
-          const Vec* taps = reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel;
+          const Vec* weight =
+              reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel;
+          const Taps taps = taps_of(y * Stride - kPad, g.height, Kernel, 1);
           T* to = row_of<T>(task.y, row) + c;
           if (task.sums) {
-            convolve<Kernel, Stride>(lines, taps, g.out_width, EmitLine{line});
+            convolve<Kernel, Stride>(lines, weight, taps, g.out_width, EmitLine{line});
             if (!started) {
               // A line's mean: its first value, at a corner, may lie far off.
               Vec start = {};
@@ -261,7 +277,7 @@ void depthwise_forward_of(const Forward& task, float* scratch) {
                                    affine ? load_some(task.epilogue.shift + c, count) : Vec{},
                                    splat(task.epilogue.relu ? 0.0f : -__builtin_inff()),
                                    count};
-          convolve<Kernel, Stride>(lines, taps, g.out_width, emit);
+          convolve<Kernel, Stride>(lines, weight, taps, g.out_width, emit);
         }
         started = true;
       }
@@ -318,7 +334,7 @@ inline void all_weight_gradients(const Vec* const* input, const Vec* draw, int64
 }
 
 // Some vectors of channels of d raw, at the positions of the input it was computed from, zeros
-// between.
+// between; a line that has none is left as it was.
 template <class T>
 struct RawGradientReader {
   const Backward& task;
@@ -349,16 +365,15 @@ struct RawGradientReader {
     const Geometry& g = task.geometry;
     constexpr int64_t kPad = Kernel / 2;
     const int64_t padded = padded_width(g);
-    const bool empty = y < 0 || y % Stride || y / Stride >= g.out_height;
+    if (y < 0 || y % Stride || y / Stride >= g.out_height) return;
     for (int v = 0; v < vectors; ++v) {
       Vec* here = to + v * plane;
-      if (empty || Stride > 1) {
+      if (Stride > 1) {
         clear_line(here, padded);
       } else {
         for (int64_t i = 0; i < kPad; ++i) here[i] = here[padded - 1 - i] = Vec{};
       }
     }
-    if (empty) return;
     const int64_t row = (image * g.out_height + y / Stride) * g.out_width;
     const T* raw = row_of<T>(task.raw, row) + channel;
     const T* gradient = row_of<T>(task.gradient, row) + channel;
@@ -433,7 +448,7 @@ void depthwise_backward_of(const Backward& task, float* scratch) {
           const int count = reader.count(v);
           convolve<Kernel, 1>(
               draw, reinterpret_cast<const Vec*>(task.weight) + (group + v) * Kernel * Kernel,
-              g.width, EmitLine{line});
+              taps_of(y - kPad, g.out_height, Kernel, Stride), g.width, EmitLine{line});
           const Vec* active = task.prologue.relu ? input[kPad] + kPad : nullptr;
           const Vec mean = task.sums ? load_some(task.x_mean + c, count) : Vec{};
           const T* from = row_of<T>(task.x, row) + c * task.x.step;
