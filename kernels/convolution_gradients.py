@@ -1,9 +1,9 @@
 """The gradients of one convolution of every node of a level, in one launch.
 
 Programs of the first range compute the gradients of nodes' hidden rows, masked by the ReLU before,
-and their totals for its batch norm; those of the second the gradients of parents' rows, each summed
-over its nodes in their order by the one program that owns a tile; those of the third the weights'
-gradients. No atomics but counters: results repeat to the bit.
+and their totals for its batch norm; those of the second the gradients of parents' rows, what frames
+pass on among them, each summed over its nodes in their order by the one program that owns a tile;
+those of the third the weights' gradients. No atomics but counters: results repeat to the bit.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def _row_gradient(
     MOVES: tl.constexpr,
     SPLITS: tl.constexpr,
     STARTS: tl.constexpr,
+    PASSES: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -179,10 +180,10 @@ def _row_gradient(
         for node in range(begin_node, stop_node):
             choice = tl.load(b.choice + node)
             if (tl.load(b.parent + node) == row) & (choice >= 0):
-                if STARTS:
+                if STARTS and PASSES > 0:
                     acc = add_passed(
                         acc, b, node, choice, offs_p.to(tl.int64), offs_p < positions, tile,
-                        channels, ALIGN, BLOCK_P, BLOCK_C,
+                        channels, PASSES, ALIGN, BLOCK_P, BLOCK_C,
                     )  # fmt: skip
                 for lane in tl.static_range(LANES):
                     record = b.table + first + (choice * LANES + lane) * RECORD
@@ -234,6 +235,7 @@ def convolution_bwd_kernel(
     MOVES: tl.constexpr,
     ENTERS: tl.constexpr,
     STARTS: tl.constexpr,
+    PASSES: tl.constexpr,
     SPLITS: tl.constexpr,
     CONTINUES: tl.constexpr,
     ADDS: tl.constexpr,
@@ -260,6 +262,7 @@ def convolution_bwd_kernel(
         counters: where the launch's own begin, the first range's and then the third's.
         ENTERS: whether gradients of parents' rows are wanted, and some unit reads one.
         STARTS: whether no launch before has added to these.
+        PASSES: what goes to them straight from nodes' gradients, which that launch adds.
         ADDS: whether parameters' gradients are added to what is there.
         BLOCK_D: pixels of a step of a weight's sum.
     """
@@ -274,8 +277,8 @@ def convolution_bwd_kernel(
         if ENTERS:
             _row_gradient(
                 b, program - node_programs, first, nodes, chunk, parts, row_tiles, LANES,
-                DEPTHWISE, MOVES, SPLITS, STARTS, ALIGN, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION,
-                UPCAST,
+                DEPTHWISE, MOVES, SPLITS, STARTS, PASSES, ALIGN, BLOCK_P, BLOCK_C, BLOCK_K,
+                PRECISION, UPCAST,
             )  # fmt: skip
     else:
         program -= node_programs + row_programs

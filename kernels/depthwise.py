@@ -6,7 +6,8 @@
 
 `x` and `d_raw` are made as they are read, as in `pointwise`; taps read neighbours from cache. Any
 odd kernel and any stride, each node its own. A program of a weight's gradient has one tap of some
-channels, and adds over its pixels once, behind all of them. `convolution` has the launches.
+channels, and adds over its pixels once, behind all of them. `convolution` and
+`convolution_gradients` have the launches.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Forward, one launch: a node's row of its chains' last raw rows and of its parent
 copies that). The shuffle of channels is in where the units read, so it costs nothing here.
 
 Backward, one launch before all others: the totals that the last batch norms need of the nodes'
-gradients, and what goes from these straight to the parents' rows.
+gradients, and, of a layer that has identities alone, the gradients of the parents' rows.
 """
 
 from __future__ import annotations
@@ -166,22 +166,28 @@ def add_passed(
     inside,
     tile,
     channels,
+    PASSES: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Add what goes straight from a node's gradient to its parent's row, `[P, C]`."""
+    """Add what goes straight from a node's gradient to its parent's row, `[P, C]`.
+
+    `PASSES` is what the layer's choices pass on (`LayerPlan`): other code is not there.
+    """
     passes = tl.load(b.frames + choice * FRAME + FRAME_ROW)
     if passes == 1:
         offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         acc += _load_d_out(b, node, pixel, inside, offs_c, offs_c < channels, ALIGN)
-    elif passes == 2:
-        # Half as many channels, side by side: as even ones they would be read one by one.
-        offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
-        half = tl.multiple_of(channels // 2, (ALIGN + 1) // 2)
-        even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < half, ALIGN)
-        pairs = tl.join(even, tl.zeros_like(even))
-        acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
+    # Of the two conditions the first is decided when compiling.
+    if PASSES == 2:  # noqa: SIM102
+        if passes == 2:
+            # Half as many channels, side by side: as even ones they would be read one by one.
+            offs_h = tile * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
+            half = tl.multiple_of(channels // 2, (ALIGN + 1) // 2)
+            even = _load_d_out(b, node, pixel, inside, offs_h, offs_h < half, ALIGN)
+            pairs = tl.join(even, tl.zeros_like(even))
+            acc += tl.reshape(pairs, (BLOCK_P, BLOCK_C))
     return acc
 
 
@@ -259,11 +265,11 @@ def _passed_gradient(
         choice = tl.load(b.choice + node)
         if (tl.load(b.parent + node) == row) & (choice >= 0):
             acc = add_passed(
-                acc, b, node, choice, pixel, inside, tile, channels, ALIGN, BLOCK_P, BLOCK_C
+                acc, b, node, choice, pixel, inside, tile, channels, 1, ALIGN, BLOCK_P, BLOCK_C
             )
-    at = b.sums + row.to(tl.int64) * positions * channels
+    at = b.d_rows + row.to(tl.int64) * positions * channels
     at += pixel[:, None] * channels + offs_c[None, :]
-    tl.store(at, acc.to(b.sums.dtype.element_ty), mask=inside[:, None] & mask_c[None, :])
+    tl.store(at, acc.to(b.d_rows.dtype.element_ty), mask=inside[:, None] & mask_c[None, :])
 
 
 @triton.jit(
@@ -287,7 +293,7 @@ def frame_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Start the backward pass: totals, sums of rows, and where parameters' gradients go.
+    """Start the backward pass: totals, and where parameters' gradients go.
 
     The gradients are new tensors at each call, and a table of their addresses that was copied
     from the host would be one more transfer at each, which a CUDA graph could not have.
@@ -301,7 +307,7 @@ def frame_bwd_kernel(
             channels.
         row_parts, row_tiles: tiles of a row's pixels and channels.
         node_programs: of the first range; the rest has the rows.
-        PASSES: whether rows' gradients are wanted, and no unit reads one whose launch has them.
+        PASSES: whether rows' gradients are wanted, and no unit reads a row, whose launch has them.
     """
     program = tl.program_id(0)
     if program == 0:

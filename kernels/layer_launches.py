@@ -26,6 +26,7 @@ from fastshift.kernels.record import Backward, Forward
 __all__ = ["backward_launches", "backward_shares", "train_launches"]
 
 FEW_REGISTERS, MANY_REGISTERS = 128, 224  # of a thread: 512 threads fit, or 256
+FRAME_REGISTERS = 96  # 640 threads; with no limit a few are spilled
 
 
 @cache
@@ -130,13 +131,13 @@ def backward_launches(
             "row_parts": frame.row_parts,
             "row_tiles": frame.row_tiles,
             "node_programs": frame.node_programs,
-            "PASSES": frame.row_programs > 0,
+            "PASSES": needs_rows and not plan.steps,
             "ALIGN": plan.align,
             "BLOCK_P": FRAME_PIXELS,
             "BLOCK_C": frame.block,
         },
         num_warps=warps_of(FRAME_PIXELS, frame.block, 4),
-        max_registers=FEW_REGISTERS,
+        max_registers=FRAME_REGISTERS,
     )
     counters = frame.counters
     entering = [step for step in plan.steps if step.enters]
@@ -163,7 +164,8 @@ def backward_launches(
                 "counters": counters,
                 **_options(plan, step, dtype, precision),
                 "ENTERS": step.enters and needs_rows,
-                "STARTS": step is entering[-1],
+                "STARTS": needs_rows and step is entering[-1],
+                "PASSES": plan.passes,
                 "ADDS": adds,
                 "BLOCK_P": own.blocks.pixels,
                 "BLOCK_C": own.blocks.channels,

@@ -85,9 +85,8 @@ class FrameGradientShares:
         self.node_programs = nodes * 2 * self.tiles * self.parts
         self.row_parts = ceil_div(plan.row_pixels, FRAME_PIXELS)
         self.row_tiles = ceil_div(plan.channels[0], self.block)
-        # Where some unit reads rows, the first launch that adds their gradients has this share.
         self.row_programs = rows * self.row_parts * self.row_tiles
-        if any(step.enters for step in plan.steps):
+        if plan.steps:  # the first launch whose units read rows begins their gradients
             self.row_programs = 0
         self.counters = nodes * 2 * self.tiles
         self.partial_floats = nodes * 2 * self.parts * 2 * self.width

@@ -5,9 +5,9 @@ pointwise and dense convolutions or of depthwise ones. A step is one launch for 
 a unit there. What a unit reads, computes and writes is one record of int32, found by the node's
 choice; two populations of a layer differ in device buffers alone.
 
-Rows of hidden units lie in one buffer, `node_elements` to a node; where in it, in lines of `LINE`
-elements, is in the records. `kept` rows have places of their own, others take turns in two places
-for each chain, one for every other unit, as the gradients of hidden units do.
+Rows of units lie in one buffer, as many elements to each node as the choice has that needs most;
+where in it, in lines of `LINE` elements, is in the records. `kept` rows have places of their own;
+others, and the gradients of hidden units, take turns in two places for each chain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from fastshift.kernels.described import Layer, Op, Unit
-from fastshift.kernels.plan_records import FIELDS, HEADER, LINE, frame_records, step_records
+from fastshift.kernels.plan_records import (
+    FIELDS,
+    HEADER,
+    LINE,
+    frame_records,
+    passed_row,
+    step_records,
+)
 
 __all__ = [
     "LayerPlan",
@@ -121,9 +128,11 @@ class LayerPlan:
     Attributes:
         ops, num_choices: candidate ops.
         chains: their units, and `placed`: those of each step.
-        kept, passing, gradients: where a unit's rows begin, by choice, chain and index, where all
-            are kept and where they take turns; and the gradient of its output's, where it is not
-            the node's own.
+        kept, passing: where a unit's rows begin, by choice, chain and index, where all are kept
+            and where they take turns.
+        gradients: where the gradient of what a hidden unit gives begins, likewise.
+        passes: what goes straight from a node's gradient to its parent's row, whatever the choice:
+            0 nothing, 1 whole rows, 2 halves of them too.
         channels: of a row and of a node's.
         steps: in order of the forward pass; the backward pass goes through them in reverse.
         out_size: height and width of a node's rows.
@@ -155,6 +164,7 @@ class LayerPlan:
         self.passing, self.passing_elements = self._places(turns=True, hidden=False)
         self.gradients, self.gradient_elements = self._places(turns=True, hidden=True)
         self.align = math.gcd(16, *self._channel_counts())
+        self.passes = max(map(passed_row, self.ops), default=0)
         self.steps = self._steps()
         self.row_pixels, self.out_pixels = (
             images * math.prod(s) for s in (self.size, self.out_size)
@@ -204,7 +214,7 @@ class LayerPlan:
                 places = [end + index % 2 * rooms[0] for index in range(len(units))]
                 ends[choice] = end + sum(rooms)
             else:
-                places = [end + before for before in accumulate(sizes[:-1], initial=0)]
+                places = [end + before for before in accumulate(sizes, initial=0)][: len(units)]
                 ends[choice] = end + sum(sizes)
             places += [0] * (len(chain) - len(units))
             found |= {(choice, kind, index): place for index, place in enumerate(places)}

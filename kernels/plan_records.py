@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastshift.kernels.described import Op
     from fastshift.kernels.plan import LayerPlan, Placed
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "HEADER",
     "LINE",
     "frame_records",
+    "passed_row",
     "step_records",
 ]
 
@@ -144,17 +146,24 @@ def step_records(plan: LayerPlan, *, kept: bool) -> list[int]:
     return found
 
 
+def passed_row(op: Op | None) -> int:
+    """Which channels of the parent's row an op copies or adds: 0 none, 1 all, 2 the even ones."""
+    if op is None:
+        return 1
+    if op.splits:
+        return 2
+    return int(op.frame == "residual" and len(op.units) == op.main)
+
+
 def frame_records(plan: LayerPlan, *, kept: bool) -> list[int]:
     """Of all choices, `[choices, FRAME_FIELDS]`."""
     raw = plan.kept if kept else plan.passing
     found: list[int] = []
     for choice, op in enumerate(plan.ops):
         if op is None:
-            found += [1, 0] + [0] * (2 * len(CHAIN_FIELDS))
+            found += [passed_row(op), 0] + [0] * (2 * len(CHAIN_FIELDS))
             continue
-        has_aside = len(op.units) > op.main
-        row = 2 if op.splits else int(op.frame == "residual" and not has_aside)
-        found += [row, op.channels]
+        found += [passed_row(op), op.channels]
         for chain in (0, 1):
             last = next(
                 (c[-1] for c in plan.chains if (c[0].choice, c[0].chain) == (choice, chain)),

@@ -6,7 +6,7 @@
 
 `x` is made of raw rows as it is read (the batch norm and activation of the unit before), `d_raw` of
 the gradient and the raw rows (batch norm's backward), so neither is ever stored. Operands have the
-rows' type, sums are float32. `convolution` has the launches.
+rows' type, sums are float32. `convolution` and `convolution_gradients` have the launches.
 """
 
 from __future__ import annotations
