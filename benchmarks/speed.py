@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from speed_tables import details, summary
+from speed_tables import details, short, summary
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "cpu_speed.json"
@@ -37,7 +37,10 @@ SUBSET = (
     r"|test_accumulate\[.*-10-fp32\]|test_pretraining_step\[.*fp32\]"
 )
 READMES = {HERE.parent / "README.md": summary, HERE / "README.md": details}
-BEGIN, END = "<!-- speed: begin, made by benchmarks/speed.py -->", "<!-- speed: end -->"
+# Of another machine, which multiplies bfloat16: its record, and where it is told of.
+AMX_RECORD = HERE / "records" / "cpu_speed_amx.json"
+AMX_READMES = {HERE.parent / "README.md": short, HERE / "README.md": summary}
+BEGIN, END = "<!-- {}: begin, made by benchmarks/speed.py -->", "<!-- {}: end -->"
 
 
 def reduce_rows(benchmarks: Iterable[dict[str, Any]], run: int) -> list[dict[str, Any]]:
@@ -202,12 +205,13 @@ def record(path: Path, threads: int, pattern: str | None) -> int:
     return 1 if failed or not made else 0
 
 
-def section(text: str, body: str) -> str:
-    """A README with what stands between its two markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def section(text: str, body: str, name: str = "speed") -> str:
+    """A README with what stands between its two markers of a name replaced."""
+    marks = BEGIN.format(name), END.format(name)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise SystemExit(f"the README lacks {BEGIN!r} or {END!r}")
+        raise SystemExit(f"the README lacks {marks[0]!r} or {marks[1]!r}")
     return f"{before}{begin}\n\n{body.strip()}\n\n{end}{after}"
 
 
@@ -235,6 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     for path, make in READMES.items():
         path.write_text(section(path.read_text(), make(kept)))
+    if args.out == RECORD and AMX_RECORD.exists():
+        kept = json.loads(AMX_RECORD.read_text())
+        for path, make in AMX_READMES.items():
+            path.write_text(section(path.read_text(), make(kept), "amx"))
     return 0
 
 

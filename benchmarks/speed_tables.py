@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FLOORS", "details", "summary"]
+__all__ = ["FLOORS", "details", "short", "summary"]
 
 Row = dict[str, Any]
 # Figures that are no time of the benchmark's own.
@@ -190,7 +190,7 @@ def _conditions(record: dict[str, Any]) -> str:
     lacking = [name for name, there in machine["bf16_units"].items() if not there]
     if lacking:
         names = " and ".join({"avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX"}[n] for n in lacking)
-        lines.append(f"{names}: not measured, the machine has none.")
+        lines.append(f"{names}: not measured here, the machine has none.")
     compiled = dict.fromkeys(
         f"{row['item']} in {row['precision']} on {_threads(row['threads'])}"
         for row in record["rows"]
@@ -282,23 +282,48 @@ UNMEASURED = (
 )
 
 
-def _in_short(rows: list[Row]) -> str:
-    """One sentence of the ranges in fp32 on one thread, and how many rows meet what was asked."""
+def _ranges(rows: list[Row], precision: str) -> str:
+    """Each item's ratios in a precision on one thread, in words."""
     parts = []
     for item, text in SHORT.items():
         found = [
             row["ratio"]
             for row in rows
-            if (row["item"], row["precision"], row["threads"]) == (item, "fp32", 1)
+            if (row["item"], row["precision"], row["threads"]) == (item, precision, 1)
         ]
         if found:
             spread = dict.fromkeys((_number(min(found)), _number(max(found))))
             parts.append(text.format(" to ".join(spread)))
+    return ", ".join(parts)
+
+
+def short(record: dict[str, Any]) -> str:
+    """A paragraph on another machine's record: ranges in bf16 and fp32, and floors met."""
+    rows, machine = _with_shares(record), record["machine"]
     asked = [
         (FLOORS[key], row) for row in rows if (key := (row["item"], row["precision"])) in FLOORS
     ]
     met = sum(floor.met(row) for floor, row in asked)
-    sentence = f"In short, in fp32 on one thread: {', '.join(parts)}. " if parts else ""
+    told = "; ".join(
+        f"in {precision} {ranges}"
+        for precision in ("bf16", "fp32")
+        if (ranges := _ranges(rows, precision))
+    )
+    return (
+        f"On another machine, {machine['device']} with AMX, where the kernels run as "
+        f"`{machine['instruction_set']}`, on one thread: {told}. There {met} of {len(asked)} figures "
+        "meet what was asked; [the table](benchmarks/README.md#cpu-speed-on-a-machine-with-amx)."
+    )
+
+
+def _in_short(rows: list[Row]) -> str:
+    """One sentence of the ranges in fp32 on one thread, and how many rows meet what was asked."""
+    parts = _ranges(rows, "fp32")
+    asked = [
+        (FLOORS[key], row) for row in rows if (key := (row["item"], row["precision"])) in FLOORS
+    ]
+    met = sum(floor.met(row) for floor, row in asked)
+    sentence = f"In short, in fp32 on one thread: {parts}. " if parts else ""
     return (
         f"{sentence}What was asked beforehand (*floor*) is met by {met} of {len(asked)} "
         "figures.\n\n"

@@ -9,7 +9,7 @@ import pytest
 import speed
 from baselines import Turns
 from recording import figures
-from speed_tables import FLOORS, details, summary
+from speed_tables import FLOORS, details, short, summary
 
 MACHINE = {
     "machine": {
@@ -197,16 +197,19 @@ def test_spreads_are_shown_as_what_they_are(record):
 
 
 def test_only_what_stands_between_the_markers_changes():
-    text = f"before\n{speed.BEGIN}\nold\n{speed.END}\nafter\n"
-    assert speed.section(text, "new\n") == f"before\n{speed.BEGIN}\n\nnew\n\n{speed.END}\nafter\n"
+    begin, end = speed.BEGIN.format("speed"), speed.END.format("speed")
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert speed.section(text, "new\n") == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
     assert speed.section(speed.section(text, "new"), "new") == speed.section(text, "new")
     with pytest.raises(SystemExit, match="lacks"):
         speed.section("no markers", "new")
+    with pytest.raises(SystemExit, match="amx: begin"):
+        speed.section(text, "new", "amx")
 
 
 def test_the_command_writes_the_readmes(record, tmp_path, monkeypatch, capsys):
     readme, kept = tmp_path / "README.md", tmp_path / "record.json"
-    readme.write_text(f"{speed.BEGIN}\n{speed.END}\n")
+    readme.write_text(f"{speed.BEGIN.format('speed')}\n{speed.END.format('speed')}\n")
     speed.write(kept, record)
     monkeypatch.setattr(speed, "READMES", {readme: summary})
     assert speed.main(["readme", "--out", str(kept)]) == 0
@@ -218,10 +221,23 @@ def test_the_command_writes_the_readmes(record, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", speed.READMES, ids=lambda path: path.parent.name)
 def test_the_readmes_say_what_the_record_says(path):
     text = path.read_text()
-    assert text.count(speed.BEGIN) == text.count(speed.END) == 1
-    if speed.RECORD.exists():
-        kept = json.loads(speed.RECORD.read_text())
-        assert text == speed.section(text, speed.READMES[path](kept)), "run speed.py readme"
+    for name, record, makers in (
+        ("speed", speed.RECORD, speed.READMES),
+        ("amx", speed.AMX_RECORD, speed.AMX_READMES),
+    ):
+        assert text.count(speed.BEGIN.format(name)) == text.count(speed.END.format(name)) == 1
+        if record.exists():
+            made = makers[path](json.loads(record.read_text()))
+            assert text == speed.section(text, made, name), "run speed.py readme"
+
+
+def test_another_machines_record_is_told_in_a_paragraph(record):
+    text = short(record)
+    assert "one thread: in fp32 one block is computed 1.50 to 2.50 times as fast as" in text
+    assert "There 3 of 5 figures meet what was asked" in text
+    for row in record["rows"]:
+        row["precision"] = "bf16"
+    assert "one thread: in bf16 one block is computed" in short(record)
 
 
 def test_the_subset_takes_each_kind_of_its_ids():
