@@ -311,8 +311,9 @@ def short(record: dict[str, Any]) -> str:
     )
     return (
         f"On another machine, {machine['device']} with AMX, where the kernels run as "
-        f"`{machine['instruction_set']}`, on one thread: {told}. There {met} of {len(asked)} figures "
-        "meet what was asked; [the table](benchmarks/README.md#cpu-speed-on-a-machine-with-amx)."
+        f"`{machine['instruction_set']}`, on one thread: {told}. What was asked is met there by "
+        f"{met} of {len(asked)} figures; "
+        "[the table](benchmarks/README.md#cpu-speed-on-a-machine-with-amx)."
     )
 
 

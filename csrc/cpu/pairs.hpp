@@ -21,8 +21,7 @@ inline void pack_pairs(const float* from, int64_t from_row, int64_t k, int colum
       const bool even = count > 0 && 2 * pair < k, odd = count > 0 && 2 * pair + 1 < k;
       const Halves first = narrow(even ? load_some(here, count) : Vec{});
       const Halves second = narrow(odd ? load_some(here + from_row, count) : Vec{});
-      const Words pairs = __builtin_convertvector(first, Words) |
-                          (__builtin_convertvector(second, Words) << 16);
+      const Words pairs = words_of(first) | (words_of(second) << 16);
       store(to + v * kLanes, (Vec)pairs);
     }
   }

@@ -36,14 +36,15 @@ typedef uint16_t UnalignedHalves
     __attribute__((vector_size(2 * FS_LANES), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * FS_LANES)));
 
-// Of 16 lanes __builtin_convertvector would make two halves, and join them.
-inline Vec widen(Halves x) {
+inline Words words_of(Halves x) {
 #if FS_LANES == 16
-  return (Vec)((Words)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)x) << 16);
+  // __builtin_convertvector would make two halves, and join them.
+  return (Words)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)x);
 #else
-  return (Vec)(__builtin_convertvector(x, Words) << 16);
+  return __builtin_convertvector(x, Words);
 #endif
 }
+inline Vec widen(Halves x) { return (Vec)(words_of(x) << 16); }
 inline Halves narrow(Vec x) {
 #if defined(FS_BF16)
   return (Halves)_mm512_cvtneps_pbh((__m512)x);
