@@ -26,7 +26,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def data(arrays):
-    return fsdata.from_arrays(*arrays)
+    return fsdata.from_arrays(*arrays, device="cpu")
 
 
 def measure(benchmark, step, size, rounds=100, **extra):
@@ -85,7 +85,7 @@ def test_stage_of_a_training_batch(benchmark, data, stage, size):
 
 
 def test_building_a_data_set_from_arrays(benchmark, arrays):
-    built = benchmark.pedantic(fsdata.from_arrays, arrays, rounds=3)
+    built = benchmark.pedantic(fsdata.from_arrays, arrays, {"device": "cpu"}, rounds=3)
     assert built.train.num_images == NUM_IMAGES - 2000
 
 

@@ -47,6 +47,7 @@ def make(space: str, source: str) -> dict[int, list[str]]:
         validation_batch_size=256,
         calibration_batches=1,
         calibration_batch_size=64,
+        device="cpu",
     )
     fs.pretrain(supernet, data, steps=300, batch_size=64, quiet=True)
     with tempfile.TemporaryDirectory() as folder:

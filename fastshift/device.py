@@ -46,11 +46,17 @@ def parse_device(name: str | torch.device) -> torch.device:
         name: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: with what is expected instead, to be put behind the option's name.
+        ValueError: with what is expected instead, to be put behind the option's name; that of
+            `FASTSHIFT_DEVICE`, where it was that, stands before.
     """
-    text = str(name)
-    if text == "auto":
-        text = os.environ.get("FASTSHIFT_DEVICE") or "auto"
+    asked = os.environ.get("FASTSHIFT_DEVICE") if str(name) == "auto" else None
+    try:
+        return _parsed(asked or str(name))
+    except ValueError as error:
+        raise ValueError(f"FASTSHIFT_DEVICE={asked}: {error}" if asked else str(error)) from None
+
+
+def _parsed(text: str) -> torch.device:
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:

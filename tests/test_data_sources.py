@@ -252,6 +252,23 @@ def test_images_decoded_on_access_equal_images_held_in_memory(folder):
     assert torch.equal(held.test[0][0], on_disk.test[0][0])
 
 
+def test_images_decoded_on_access_are_augmented_on_the_host_and_say_so_beside_a_gpu(
+    folder, monkeypatch
+):
+    def said(**options):
+        chosen = {"image_size": 8, "max_memory_bytes": 0} | options
+        return fsdata.load(f"folder:{folder}", **chosen).train.augmented
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("FASTSHIFT_DEVICE", raising=False)
+    why = "on the host: the images are read from files"
+    assert said() == said(device="cuda") == why
+    assert said(device="cpu") == "on the host"
+    monkeypatch.setenv("FASTSHIFT_DEVICE", "cpu")
+    assert said() == "on the host"
+
+
 def test_a_folder_can_be_limited_to_some_classes_and_images(folder):
     extra = folder / "train" / "cat"
     (folder / "train" / "bee").rename(extra)

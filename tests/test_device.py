@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -14,7 +15,6 @@ from fastshift import data as fsdata
 from fastshift import device as devices
 from fastshift import evaluator as evaluators
 from fastshift import trainer as trainers
-from fastshift.data import dali
 from fastshift.device import parse_device, settle_on, use_device
 from fastshift.errors import ConfigError
 from fastshift.evaluator import Evaluator, uploaded
@@ -52,6 +52,12 @@ def test_a_name_means_a_device_that_is_there(gpus, monkeypatch):
     monkeypatch.setenv("FASTSHIFT_DEVICE", "cuda:1")
     assert parse_device("auto") == torch.device("cuda", 1)
     assert parse_device("cpu") == CPU
+    monkeypatch.setenv("FASTSHIFT_DEVICE", "auto")
+    assert parse_device("auto") == torch.device("cuda")
+    for name in ("tpu", "cuda:2"):
+        monkeypatch.setenv("FASTSHIFT_DEVICE", name)
+        with pytest.raises(ValueError, match=f"^FASTSHIFT_DEVICE={name}: expected "):
+            parse_device("auto")
 
 
 def test_without_a_gpu_auto_is_the_cpu(no_gpu):
@@ -65,7 +71,7 @@ def test_without_a_gpu_auto_is_the_cpu(no_gpu):
 
 def test_the_suite_takes_the_cpu_where_no_device_is_named():
     assert parse_device("auto") == CPU
-    assert dali._device("auto") == CPU
+    assert fsdata.Options().parsed_device() == CPU
 
 
 FLAGS = ("allow_tf32", "deterministic", "benchmark")
@@ -273,11 +279,48 @@ def test_a_batch_is_read_once_for_the_size_of_the_images(monkeypatch):
     assert _Counted.reads == 1 + 3 * 2 * len(DATA.validation)
 
 
+def _readings(source):
+    """Where code asks whether a name is that of a GPU; a device's `type` may be asked anywhere."""
+
+    def is_named(node):
+        parts = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+        return any(isinstance(p, ast.Constant) and str(p.value).startswith("cuda") for p in parts)
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(isinstance(side, ast.Attribute) and side.attr == "type" for side in sides):
+                continue
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            sides = node.args if node.func.attr in ("startswith", "find", "count", "match") else []
+        else:
+            continue
+        if any(map(is_named, sides)):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_reading"),
+    [
+        ("options.device.startswith('cuda')", True),
+        ("device in ('cuda', 'cuda:0')", True),
+        ("'cuda' in name", True),
+        ("str(device) != 'cuda'", True),
+        ("device.type == 'cuda'", False),
+        ("name in ('cpu', 'auto')", False),
+    ],
+)
+def test_a_question_of_a_devices_name_is_told_from_one_of_its_type(asked, is_reading):
+    assert list(_readings(asked)) == [asked] * is_reading
+
+
 def test_only_one_module_decides(request):
     for path in (request.path.parents[1] / "fastshift").glob("**/*.py"):
+        text = path.read_text()
         if path.name in ("device.py", "queries.py", "backends.py", "graphs.py"):
             continue
-        assert "cuda.is_available" not in path.read_text(), path
+        assert "cuda.is_available" not in text, path
+        assert not list(_readings(text)), path
 
 
 def test_devices_are_named_in_one_place():

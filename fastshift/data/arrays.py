@@ -15,7 +15,6 @@ from fastshift.data.batches import Normalisation, Source, TrainBatches
 from fastshift.data.options import Options
 from fastshift.data.splits import check_labels
 from fastshift.data.uploaded import MOST_BYTES, UploadedTrainBatches
-from fastshift.device import parse_device
 from fastshift.errors import DataError
 
 __all__ = ["ArraySource", "read_npz"]
@@ -91,21 +90,18 @@ class ArraySource(Source):
     def train_batches(
         self, positions: np.ndarray, *, options: Options, normalise: Normalisation, flip: bool
     ) -> TrainBatches:
-        """Return the images at `positions` as an endless stream, on a GPU where one is named.
+        """Return the images at `positions` as an endless stream, on a GPU where that is the device.
 
         They stay on the host, and say why, where they are too many for the GPU or its kernels
         cannot run.
 
         Raises:
-            DataError: as the other sources, or that GPU is not there.
+            DataError: as the other sources.
         """
         plain = super().train_batches(positions, options=options, normalise=normalise, flip=flip)
-        if not options.device.startswith("cuda"):
+        device = options.parsed_device()
+        if device.type != "cuda":
             return plain
-        try:
-            device = parse_device(options.device)
-        except ValueError as error:
-            raise DataError(f"device={options.device!r}: {error}") from error
         if why := self._why_on_host(len(positions), device):
             plain.augmented = f"on the host: {why}"
             return plain

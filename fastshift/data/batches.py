@@ -59,7 +59,8 @@ class Source(Protocol):
             flip: whether augmentation flips.
 
         Raises:
-            DataError: an option is given that this kind of source has not.
+            DataError: an option is given that this kind of source has not, or there is no
+                such device.
         """
         for name, unset in (("crop_area", None), ("color_jitter", 0)):
             if (value := getattr(options, name)) != unset:
@@ -77,7 +78,7 @@ class Source(Protocol):
             normalise=normalise,
             augmentation=augmentation if options.augment else None,
         )
-        if options.device.startswith("cuda") and not self.is_in_memory:
+        if not self.is_in_memory and options.parsed_device().type == "cuda":
             batches.augmented = "on the host: the images are read from files"
         return batches
 

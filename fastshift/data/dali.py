@@ -20,7 +20,6 @@ from fastshift.data.dali_reader import Reader, Request, check_installed
 from fastshift.data.image_folder import FolderSource, open_image, read_folder
 from fastshift.data.options import Options
 from fastshift.data.resized_crop import ResizedCrop
-from fastshift.device import parse_device
 from fastshift.errors import DataError
 
 __all__ = ["DaliFixedBatches", "DaliSource", "DaliTrainBatches", "read_dali"]
@@ -302,7 +301,7 @@ def read_dali(directory: str, options: Options) -> tuple[DaliSource, DaliSource,
         MissingExtraError: DALI or Pillow is not installed.
     """
     check_installed()
-    device = _device(options.device)
+    device = options.parsed_device()
     *parts, class_names = read_folder(directory, options.image_size, kind="dali")
     for part in parts:
         for file in part.files:
@@ -312,13 +311,6 @@ def read_dali(directory: str, options: Options) -> tuple[DaliSource, DaliSource,
         DaliSource(part.root, part.files, part.labels, part.image_size, device) for part in parts
     )
     return train, test, class_names
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return parse_device(name)
-    except ValueError as error:
-        raise DataError(f"device={name!r}: {error}") from error
 
 
 def _check_shard(shard_id: int, num_shards: int) -> None:

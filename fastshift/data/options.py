@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from fastshift.device import parse_device
 from fastshift.errors import DataError
 
 __all__ = ["Options", "check_at_least"]
@@ -67,9 +69,9 @@ class Options:
             above 0, at most 1; by default 0.08.
         color_jitter: of `dali` alone: how far augmentation moves brightness, contrast and
             saturation: by 0.4, each is multiplied by a factor drawn from 0.6 to 1.4.
-        device: of `dali`: what decodes and holds the batches, `cpu`, `cuda`, `cuda:N`, or `auto`, a
-            GPU where there is one. Of images in memory: a GPU that is named holds a training part
-            of up to 1 GiB, and augments it.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`, a GPU where there is one unless
+            `FASTSHIFT_DEVICE` names another. Of `dali` it decodes and holds the batches. Of images
+            in memory a GPU holds a training part of up to 1 GiB, and augments it.
     """
 
     batch_size: int = 128
@@ -102,3 +104,14 @@ class Options:
             classes = list(self.classes)
             if len(set(classes)) < max(2, len(classes)):
                 raise DataError(f"classes={classes}: expected at least two distinct labels")
+
+    def parsed_device(self) -> torch.device:
+        """Return the device that `device` means here.
+
+        Raises:
+            DataError: it means none, or a GPU that is not there.
+        """
+        try:
+            return parse_device(self.device)
+        except ValueError as error:
+            raise DataError(f"device={self.device!r}: {error}") from error
