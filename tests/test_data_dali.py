@@ -19,17 +19,23 @@ from fastshift.space import SearchSpace
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra dali)")
 Image = pytest.importorskip("PIL.Image")
 transforms = pytest.importorskip("torchvision.transforms.v2")
-load_image = pytest.importorskip("torchvision.datasets.folder").default_loader
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
+
+from dali_cases import (  # noqa: E402
+    SIZE,
+    assert_close,
+    by_torchvision,
+    levels,
+    load,
+    recolored,
+    write,
+)
 
 from fastshift.data.dali_reader import Reader, Request, placement  # noqa: E402
 from fastshift.data.resized_crop import TRIES, ResizedCrop  # noqa: E402
 
 pytestmark = pytest.mark.dali
 
-# Of 255 levels, against torchvision's decoder and antialiased bilinear resize.
-MEAN_LEVELS, P99_LEVELS = 2.0, 8.0
-SIZE = 48
 SPACE = """
 from fastshift.ops import Head, Unit, conv, identity
 from fastshift.space import SearchSpace
@@ -44,68 +50,14 @@ def tiny(image_size, num_classes, in_channels):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Write three classes of photographs: 48 to train and 17 to test, few of them alike."""
     root = tmp_path_factory.mktemp("photographs")
-    photographs = sklearn_datasets.load_sample_images().images
-    rng = np.random.default_rng(0)
-    for part, num in (("train", 48), ("val", 17)):
-        for index in range(num):
-            height, width = rng.integers(60, 240, size=2)
-            if index == 4:
-                height, width = 61, 243  # so wide that crops seldom fit
-            top, left = rng.integers(427 - height), rng.integers(640 - width)
-            pixels = photographs[index % 2][top : top + height, left : left + width]
-            file = root / part / ("ant", "bee", "cat")[index % 3] / f"{index:03d}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(pixels)
-            if index == 3:
-                image = image.convert("L")
-            exif = Image.Exif()
-            if index == 6:
-                exif[0x0112] = 6  # an orientation, which image folders do not follow
-            image.save(file, quality=int(rng.integers(75, 96)), exif=exif)
-            if index == 8:
-                image.save(file.with_suffix(".png"))
-                file.unlink()
+    write(root)
     return root
 
 
 @pytest.fixture(scope="module")
 def data(folder):
     return load(folder)
-
-
-def load(folder, spec="dali", **options):
-    options = {"image_size": SIZE, "batch_size": 8, "seed": 5, "validation_size": 14} | options
-    options = {"device": "cpu"} | options
-    return fsdata.load(f"{spec}:{folder}", validation_batch_size=5, **options)
-
-
-def levels(data, images):
-    """Undo the normalisation: `[N, 3, S, S]` of 0 to 255."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
-    return 255 * (images * std + mean)
-
-
-def assert_close(left, right):
-    """Compare images by their levels, each image by itself."""
-    assert left.shape == right.shape
-    for one, other in zip(left, right, strict=True):
-        apart = (one.double() - other.double()).abs().flatten()
-        assert apart.mean() <= MEAN_LEVELS
-        assert apart.quantile(0.99) <= P99_LEVELS
-
-
-def by_torchvision(request):
-    """Make the images of a request with torchvision."""
-    images = []
-    for file, window, flip in zip(request.files, request.windows, request.flips, strict=True):
-        image = transforms.functional.pil_to_tensor(load_image(file))
-        image = transforms.functional.resized_crop(
-            image, *window.tolist(), [SIZE, SIZE], antialias=True
-        )
-        images.append(image.flip(-1) if flip else image)
-    return torch.stack(images)
 
 
 def equal(left, right):
@@ -171,29 +123,47 @@ def test_where_no_draw_fits_the_largest_middle_part_is_taken_as_torchvision_does
     assert window == [params[name] for name in ("top", "left", "height", "width")]
 
 
-def test_colours_change_by_the_factors(folder):
-    """Saturation about the luma, then contrast about 128, then brightness, to 1.5 levels."""
-    file = sorted(folder.glob("val/*/*.jpg"))[0]
+COLORS = [(1.4, 1, 1), (0.6, 1, 1), (1, 1.4, 1), (1, 0.6, 1), (1, 1, 1.4), (1, 1, 0.6)]
 
-    def read(colors):
-        request = Request(
-            [file], np.array([[0, 0, SIZE, SIZE]]), np.zeros(1, bool), np.array([colors])
-        )
-        reader = Reader(SIZE, torch.device("cpu"), has_colors=True)
-        return reader.read(0, lambda _: request)[0].double()
 
-    image = read((1.0, 1.0, 1.0))
-    luma = torch.einsum("chw,c->hw", image, torch.tensor([0.299, 0.587, 0.114]).double())
-    for brightness, contrast, saturation in [(1.3, 1, 1), (1, 0.7, 1), (1, 1, 1.4), (0.8, 1.2, 0)]:
-        expected = luma + saturation * (image - luma)
-        expected = brightness * (128 + contrast * (expected - 128))
-        apart = read((brightness, contrast, saturation)) - expected.clamp(0, 255)
-        assert apart.abs().max() <= 1.5
+@pytest.mark.parametrize(
+    "colors",
+    [*COLORS, (0.8, 1.2, 0.7), (1.3, 0.7, 1.4), (0.6,) * 3, (1.4,) * 3, (2, 0, 2), (0,) * 3],
+)
+def test_colours_change_as_by_torchvisions_functions(folder, colors):
+    """Bytes by one of them; by all as floats, since of bytes it drops fractions after each."""
+    files = sorted(folder.glob("val/*/*.jpg"))
+    windows, flips = np.array([[0, 0, 60, 60]] * len(files)), np.zeros(len(files), bool)
+    request = Request(files, windows, flips, np.array([colors] * len(files)))
+    found = Reader(SIZE, torch.device("cpu"), has_colors=True).read(0, lambda _: request)
+    plain = by_torchvision(request)
+    assert_close(found, recolored(plain.double(), request.colors))
+    if colors in COLORS:
+        assert_close(found, recolored(plain, request.colors))
+    with pytest.raises(AssertionError):
+        assert_close(found, plain)
+
+
+def test_colours_that_do_not_change_leave_the_pixels_as_they_are(folder):
+    files = sorted(folder.glob("val/*/*.jpg"))
+    request = Request(
+        files, np.array([[0, 0, 60, 60]] * len(files)), np.zeros(len(files), bool), np.ones((16, 3))
+    )
+    readers = [Reader(SIZE, torch.device("cpu"), has_colors=colors) for colors in (False, True)]
+    assert equal(*(reader.read(0, lambda _: request) for reader in readers))
+
+
+def test_augmented_colours_are_torchvisions_of_the_same_factors(folder, data):
     train = load(folder, color_jitter=0.4).train
+    for index in range(6):
+        images, _ = train.batch(index)
+        request = train._request((index, 8, "train"))
+        assert len({*request.colors.ravel()}) == 24
+        expected = recolored(by_torchvision(request).double(), request.colors)
+        assert_close(levels(data, images), expected)
     colors = np.concatenate([train._request((i, 8, "x")).colors for i in range(50)])
     assert 0.6 <= colors.min() < 0.62
     assert 1.38 < colors.max() <= 1.4
-    assert not torch.equal(train.batch(0)[0], load(folder).train.batch(0)[0])
 
 
 def test_batches_are_channels_last_and_their_memory_is_their_own(data):

@@ -22,7 +22,7 @@ from fastshift.errors import DataError, missing_extra
 
 __all__ = ["COLORS", "Reader", "Request", "check_installed", "placement"]
 
-COLORS = ("brightness", "contrast", "saturation")
+COLORS = ("brightness", "contrast", "saturation")  # in the order in which they change
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,7 @@ class Reader:
             antialias=True,
         )
         if self.has_colors:
-            factors = {name: given(name, types.FLOAT, 0) for name in COLORS}
-            images = fn.color_twist(images, **factors)
+            images = _recolored(images, *(given(name, types.FLOAT, 0) for name in COLORS))
         if self.normalise is None:
             return images
         return fn.crop_mirror_normalize(
@@ -231,3 +230,18 @@ class Reader:
             dtype=types.FLOAT,
             output_layout="HWC",
         )
+
+
+def _recolored(images: Any, brightness: Any, contrast: Any, saturation: Any) -> Any:
+    """Multiply `[S, S, 3]`, its distance from its mean grey, and that from each pixel's own grey.
+
+    Values are rounded and kept within 0 to 255 after each, as torchvision's functions do it.
+    """
+    from nvidia.dali import fn, types
+
+    images = fn.brightness(images, brightness=brightness)
+    greys = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+    # what an operator takes besides its input is read on the CPU, wherever it computes
+    mean = fn.reductions.mean(greys, dtype=types.FLOAT).cpu()
+    images = fn.contrast(images, contrast=contrast, contrast_center=mean)
+    return fn.saturation(images, saturation=saturation)
