@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from jpeg_loaders import BATCH, PROVIDERS, SIZE, batches, write
+from jpeg_loaders import KINDS, PROVIDERS, batches, write
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (extra dali)")
 for package in ("torchvision", "sklearn.datasets", "PIL.Image"):
@@ -18,22 +18,24 @@ for package in ("torchvision", "sklearn.datasets", "PIL.Image"):
 BATCHES = 8
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=KINDS)
+def files(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("jpeg")
-    write(root)
-    return root
+    write(root, KINDS[request.param])
+    return root, KINDS[request.param]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_augmented_batches_of_jpeg_files(benchmark, folder, provider):
-    with batches(provider, folder) as given:
+def test_augmented_batches_of_jpeg_files(benchmark, files, provider):
+    folder, kind = files
+    num, side = kind.batch_size, kind.image_size
+    with batches(provider, folder, kind) as given:
         images, labels = next(given)
-        assert images.shape == (BATCH, 3, SIZE, SIZE)
-        assert labels.shape == (BATCH,)
+        assert images.shape == (num, 3, side, side)
+        assert labels.shape == (num,)
         benchmark.pedantic(lambda: [next(given) for _ in range(BATCHES)], rounds=7, warmup_rounds=1)
-    benchmark.extra_info |= {"images": BATCH * BATCHES, "load": os.getloadavg()[0]}
+    benchmark.extra_info |= {"images": num * BATCHES, "load": os.getloadavg()[0]}
     if benchmark.stats is not None:
-        rate = BATCH * BATCHES / benchmark.stats["median"]
+        rate = num * BATCHES / benchmark.stats["median"]
         benchmark.extra_info["images_per_second"] = round(rate)
-        print(f"\n{provider}: {rate:.0f} images/s, load {os.getloadavg()[0]:.1f}")
+        print(f"\n{side} pixels, {provider}: {rate:.0f} images/s, load {os.getloadavg()[0]:.1f}")

@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dali.py --record
 
-Rounds of all loaders take turns, decoding, windows, scaling, flips and normalising included, each
-once what was made ahead is used up; DALI's pixels are compared with torchvision's first. `--record`
-writes `records/dali.json` and its section of `README.md`; without it the section is printed.
+Two kinds of files: photographs, and images as small as CIFAR's; `--only small` takes one, and
+leaves the other as it is in the record. Rounds of all loaders take turns, decoding, windows,
+scaling, flips and normalising included, each once what was made ahead is used up; DALI's pixels are
+compared with torchvision's first. `--record` writes `records/dali.json` and its section of
+`README.md`; without it the tables are printed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from jpeg_loaders import BATCH, NUM_IMAGES, PROVIDERS, SIZE, batches, write
+from jpeg_loaders import KINDS, PROVIDERS, Kind, batches, write
 from recording import is_dirty, machine
 
 HERE = Path(__file__).parent
@@ -39,22 +41,23 @@ LABELS = {
 PAIRS = {"dali-1": "torchvision-0", "dali-2": "torchvision-2"}  # as many cores at work
 
 
-def measure(rounds: int, round_batches: int) -> dict[str, Any]:
+def measure(kind: Kind, rounds: int, round_batches: int) -> dict[str, Any]:
     """Time every loader in turns.
 
     Args:
+        kind: of the files.
         rounds: that count; one more goes before them.
         round_batches: batches of a loader in a round.
 
     Returns:
-        The record.
+        The record of this kind.
     """
     load_before = os.getloadavg()[0]
     seconds: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write(folder)
-        given = {name: stack.enter_context(batches(name, folder)) for name in PROVIDERS}
+        write(folder, kind)
+        given = {name: stack.enter_context(batches(name, folder, kind)) for name in PROVIDERS}
         for _ in range(1 + rounds):
             for name, source in given.items():
                 for _ in range(AHEAD):
@@ -63,16 +66,17 @@ def measure(rounds: int, round_batches: int) -> dict[str, Any]:
                 for _ in range(round_batches):
                     next(source)
                 seconds[name].append(time.perf_counter() - begin)
-    images = BATCH * round_batches
+    images = kind.batch_size * round_batches
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": _machine(),
         "dirty": is_dirty(),
         "load_before": load_before,
         "load_after": os.getloadavg()[0],
-        "files": NUM_IMAGES,
-        "image_size": SIZE,
-        "batch_size": BATCH,
+        "files": kind.num_images,
+        "sides": [min(kind.lowest), max(kind.highest)],
+        "image_size": kind.image_size,
+        "batch_size": kind.batch_size,
         "images_a_round": images,
         "rows": [_row(name, images, times[1:]) for name, times in seconds.items()],
         "ratios": {
@@ -102,20 +106,33 @@ def _row(name: str, images: int, times: list[float]) -> dict[str, Any]:
     }
 
 
-def section(record: dict[str, Any]) -> str:
-    """A record as Markdown."""
+def section(records: dict[str, dict[str, Any]]) -> str:
+    """The record of each kind that was measured, and which was not, as Markdown."""
+    found = ["## JPEG files: DALI on the CPU"]
+    for name, kind in KINDS.items():
+        if name in records:
+            found.append(part(records[name]))
+        else:
+            found.append(f"### To {kind.image_size} pixels: not measured")
+    return "\n\n".join(found)
+
+
+def part(record: dict[str, Any]) -> str:
+    """The record of one kind of files as Markdown."""
     made = record["machine"]
     dirty = ", with changes that are not committed" if record["dirty"] else ""
     rows = {row["name"]: row for row in record["rows"]}
+    lowest, highest = record["sides"]
+    sides = f"{lowest} to {highest} pixels" if lowest < highest else f"{lowest} pixels"
     lines = [
-        f"## JPEG files: DALI on the CPU, {record['date']}",
+        f"### To {record['image_size']} pixels, {record['date']}",
         "",
         f"{made['device']}, {made['cores']} cores, {made['system']}; DALI {made['dali']}, "
         f"torchvision {made['torchvision']}, Pillow {made['pillow']}, torch {made['torch']}, "
         f"Python {made['python']}; commit {made['commit']}{dirty}; load "
         f"{record['load_before']:.1f} before and {record['load_after']:.1f} after.",
         "",
-        f"Images a second, {record['files']} files of 200 to 500 pixels a side in the cache, to "
+        f"Images a second, {record['files']:,} files of {sides} a side in the cache, to "
         f"batches of {record['batch_size']} at {record['image_size']} pixels: decoded, a random "
         "window scaled, flipped, normalised. Rounds in turns; DALI's pixels were compared with "
         "torchvision's before. A ratio is the median over the rounds, beside the loader that keeps "
@@ -144,14 +161,18 @@ def in_readme(text: str, body: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--round-batches", type=int, default=16)
+    parser.add_argument("--round-batches", type=int, help="(default: the kind's)")
+    parser.add_argument("--only", choices=KINDS, help="this kind of files")
     parser.add_argument("--record", action="store_true", help="write record and README")
     args = parser.parse_args(arguments)
-    found = measure(args.rounds, args.round_batches)
-    print(section(found))
+    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for name in [args.only] if args.only else KINDS:
+        kind = KINDS[name]
+        records[name] = measure(kind, args.rounds, args.round_batches or kind.round_batches)
+        print(part(records[name]))
     if args.record:
-        RECORD.write_text(json.dumps(found, indent=1) + "\n")
-        README.write_text(in_readme(README.read_text(), section(found)))
+        RECORD.write_text(json.dumps(records, indent=1) + "\n")
+        README.write_text(in_readme(README.read_text(), section(records)))
     return 0
 
 
