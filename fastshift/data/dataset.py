@@ -33,7 +33,8 @@ class Data:
         image_size: side of an image, in pixels.
         class_names: a name per class, or None.
         spec: where the data come from.
-        seed: what fixed the held-out parts and fixes the training stream.
+        seed: what fixes the training stream.
+        split_seed: what fixed the held-out parts.
         digest: sha256 over the images and labels of training and test set, before the hold-out.
         normalisation: mean and standard deviation of the training part, per channel, of 0..1.
     """

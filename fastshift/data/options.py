@@ -68,7 +68,8 @@ class Options:
         crop_area: of `dali` alone: smallest share of an image's area that a random crop takes,
             above 0, at most 1; by default 0.08.
         color_jitter: of `dali` alone: how far augmentation moves brightness, contrast and
-            saturation: by 0.4, each is multiplied by a factor drawn from 0.6 to 1.4.
+            saturation: by 0.4, each is multiplied by a factor drawn from 0.6 to 1.4, as
+            torchvision's functions do it, in this order.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, a GPU where there is one unless
             `FASTSHIFT_DEVICE` names another. Of `dali` it decodes and holds the batches. Of images
             in memory a GPU holds a training part of up to 1 GiB, and augments it.
