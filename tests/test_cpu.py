@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from block_cases import (
@@ -72,6 +74,9 @@ def _ratios(module, x, bounded=False):
         least = 1e-3 * (largest if name[:2] == "d " else float(exact[name].norm()))
         theirs = max(error_of(values[name], exact[name]) for values in plain)
         own = error_of(found[name], exact[name])
+        if not math.isfinite(theirs):  # of a map smaller than the kernel: nothing to compare with
+            assert own <= 100 * least, name
+            continue
         ratios[name] = max(own, least) / max(theirs, least)
         assert not bounded or own <= max(8 * theirs, 100 * least), name
     return ratios
