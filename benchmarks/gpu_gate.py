@@ -28,7 +28,15 @@ from fastshift.testing import assert_as_accurate, random_archs, synthetic_data, 
 from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
 
-__all__ = ["KERNEL_TESTS", "PROVIDERS", "RedGateError", "check", "steps_by"]
+__all__ = [
+    "KERNEL_TESTS",
+    "PROVIDERS",
+    "RedGateError",
+    "arguments",
+    "check",
+    "steps_by",
+    "tests_by_name",
+]
 
 ROOT = Path(__file__).parents[1]
 FLOOR = 1e-5  # of a relative error in fp32, where twice the CPU's own is smaller
@@ -85,7 +93,7 @@ KERNEL_TESTS = {
         f"{_TRAIN}[s1-odd-every_choice-fp32]",
         f"{_TRAIN}[s2-odd-padded-fp32]",
         f"{_TRAIN}[s1-tiny-padded-bf16]",
-        f"{_TRAIN}[s2-tiny-population4-fp16]",
+        f"{_TRAIN}[s2-tiny-last_two-fp16]",
     ),
 }
 
@@ -136,22 +144,32 @@ def check(device: torch.device, clock: Clock, *, tiny: bool) -> dict[str, str]:
     return found
 
 
-def _kernels(tests: dict[str, Iterable[str]], clock: Clock, *, tiny: bool) -> dict[str, str]:
-    """Run tests of the suite, all named in one call: a name that is not there is an error."""
+def tests_by_name(tests: dict[str, Iterable[str]]) -> dict[str, tuple[str, bool]]:
+    """Of tests by the names that pytest has for them: the kernel, and whether it is its first."""
     names = {}
     for kernel, own in tests.items():
         for position, test in enumerate(own):
             file, _, name = test.partition("::")
             names[f"tests/test_kernels_{file}.py::{name}"] = kernel, position == 0
+    return names
+
+
+def arguments(names: Iterable[str]) -> list[str]:
+    """What pytest takes to run tests, from any folder; a name that is not there is an error."""
+    options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    return [*options, f"--rootdir={ROOT}", *(str(ROOT / name) for name in names)]
+
+
+def _kernels(tests: dict[str, Iterable[str]], clock: Clock, *, tiny: bool) -> dict[str, str]:
+    """Run tests of the suite, all named in one call."""
+    names = tests_by_name(tests)
     left = [name for name, (_, is_first) in names.items() if tiny and not is_first]
     wanted = [name for name in names if name not in left]
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+        command = [sys.executable, "-m", "pytest", *arguments(names)]
         command += [f"--junit-xml={report}", "-o", "junit_family=xunit1"]
         command += [f"--deselect={name}" for name in left]
-        command += [str(ROOT / name) for name in names]
         environment = {k: v for k, v in os.environ.items() if k != "FASTSHIFT_BACKEND"}
         try:
             # From elsewhere: in the root, Python would take its folders for the installed ones.

@@ -59,11 +59,13 @@ OPS = {
     "one": lambda c: [identity(c), op_of([("pointwise", c, c)], "residual")],
 }
 SHAPES = {"easy": (4, 8, 6, 6), "odd": (3, 6, 5, 3), "tiny": (5, 4, 1, 1)}  # N, C, H, W
-# Rows above, parent and choice of each node; the last has padding and a row that no one reads.
+# Rows above, parent and choice of each node; "padded" has padding and a row that no one reads.
 POPULATIONS = {
     "every_choice": (2, [1, 1, 0, 0, 1], [4, 3, 2, 1, 0]),
     "one_choice": (2, [0, 1, 1], [2, 2, 2]),
     "padded": (3, [2, 0, 9, 2, -1], [1, 0, -1, 2, -1]),
+    "first_three": (1, [0, 0, 0], [0, 1, 2]),
+    "last_two": (1, [0, 0], [2, 3]),
 }
 
 

@@ -73,6 +73,13 @@ def test_without_cuda_everything_is_named_as_not_measured(capsys, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+def test_every_test_of_the_gate_is_there(fresh):
+    names = gpu_gate.tests_by_name(gpu_gate.KERNEL_TESTS)
+    options = [*gpu_gate.arguments(names), "--collect-only"]
+    said = fresh(f"import pytest\nassert pytest.main({options}) == 0")
+    assert set(names) <= set(said.splitlines()), said
+
+
 @dry
 @pytest.mark.slow
 def test_a_broken_kernel_is_refused_by_its_own_test(capsys, monkeypatch, tmp_path):
