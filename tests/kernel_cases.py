@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,12 +60,14 @@ OPS = {
     "one": lambda c: [identity(c), op_of([("pointwise", c, c)], "residual")],
 }
 SHAPES = {"easy": (4, 8, 6, 6), "odd": (3, 6, 5, 3), "tiny": (5, 4, 1, 1)}  # N, C, H, W
-# Rows above, parent and choice of each node; "padded" has padding and a row that no one reads.
+# Rows above; parent of each node, and its choice modulo those that there are. The padded one has
+# padding and a row that no one reads.
 POPULATIONS = {
     "every_choice": (2, [1, 1, 0, 0, 1], [4, 3, 2, 1, 0]),
     "one_choice": (2, [0, 1, 1], [2, 2, 2]),
     "padded": (3, [2, 0, 9, 2, -1], [1, 0, -1, 2, -1]),
     "first_three": (1, [0, 0, 0], [0, 1, 2]),
+    "first_four": (1, [0, 0, 0, 0], [0, 1, 2, 3]),
     "last_two": (1, [0, 0], [2, 3]),
 }
 
@@ -112,6 +115,17 @@ class TrainingCase:
         for size in self.layer.shapes:
             scale = math.sqrt(2 / math.prod(size[1:])) if len(size) > 1 else 1.0
             self.parameters.append((torch.randn(size, generator=generator) * scale).to(DEVICE))
+
+    @property
+    def unused(self):
+        """Names of the gradients of choices that no node has."""
+        used, starts = set(self.choice.tolist()), pairwise(self.layer.first_parameter)
+        return {
+            f"d parameter {index}"
+            for choice, span in enumerate(starts)
+            if choice not in used
+            for index in range(*span)
+        }
 
     def trained(self, dtype=None, nodes=slice(None)):
         """Rows of nodes that are there, statistics and gradients by name.

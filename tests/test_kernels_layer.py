@@ -34,7 +34,10 @@ def _unwritten_is_nan(monkeypatch):
 
 
 def _errors(case, use, found=None):
-    """Of results by name: ours, the reference's in the rows' type, and the value's norm."""
+    """Of results by name: ours, the reference's in the rows' type, and the value's norm.
+
+    Gradients of choices that no node has are not among them: these must be zeros.
+    """
     found = case.trained() if found is None else found
     use("reference")
     exact, plain = case.trained(torch.float64), case.trained(case.rows.dtype)
@@ -42,6 +45,9 @@ def _errors(case, use, found=None):
     errors = {}
     for name, right in exact.items():
         assert found[name].shape == right.shape, name
+        if name in case.unused:
+            assert not found[name].any(), name
+            continue
         ours, theirs = (float((a[name].double() - right).norm()) for a in (found, plain))
         if not math.isfinite(theirs):  # PyTorch's own, in bfloat16 of a map smaller than the kernel
             theirs = 0.0
@@ -49,15 +55,20 @@ def _errors(case, use, found=None):
     return errors
 
 
+def _largest(errors):
+    """The norm of the largest gradient."""
+    return max(norm for name, (_, _, norm) in errors.items() if name[:2] == "d ")
+
+
 def _assert_accurate(case, use, found=None):
     """Within twice the error of the reference that computes in the rows' own type.
 
     In a narrow type a value near zero may fall on either side of a ReLU, in the reference as in the
-    kernels, and a gradient jumps by it: these are compared on average, and each over draws below.
+    kernels, and a gradient jumps by it: these are compared on average, none beyond a tenth of the
+    largest may be eight times the reference's, and each is compared over draws below.
     """
     errors, floor = _errors(case, use, found), FLOORS[case.rows.dtype]
-    largest = max(norm for name, (_, _, norm) in errors.items() if name[:2] == "d ")
-    ratios = []
+    largest, ratios = _largest(errors), []
     for name, (ours, theirs, norm) in errors.items():
         limit = max(2 * theirs, floor * norm)
         if name[:2] == "d ":
@@ -65,7 +76,7 @@ def _assert_accurate(case, use, found=None):
             limit = max(limit, least)
             ratios.append(max(ours, least) / max(theirs, least))
             if case.rows.dtype is not torch.float32:
-                limit = math.inf
+                limit = max(8 * theirs, 0.1 * largest)
         assert ours <= limit, f"{name}: error {ours:.3g}, limit {limit:.3g}"
     assert case.rows.dtype is torch.float32 or geometric_mean(ratios) <= 1.25
 
@@ -113,21 +124,30 @@ def test_any_layer_is_as_accurate_as_the_references(name, shape, dtype, use):
     _assert_accurate(TrainingCase(name, SHAPES[shape], population, dtype), use)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=NAMES.get)
-def test_each_gradient_of_a_narrow_type_is_as_accurate_over_draws(dtype, use):
+def _assert_each_accurate(name, shape, population, dtype, draws, use):
+    """Each result's error within twice the reference's, on average over draws of the rows."""
     ratios = {}
-    for seed in range(7):
-        case = TrainingCase("pair", (4, 6, 4, 3), (1, [0, 0], [0, 1]), dtype)
+    for seed in range(draws):
+        case = TrainingCase(name, shape, population, dtype)
         rows = torch.randn(case.rows.shape, generator=seeded(10 + seed))
         case.rows = rows.to(case.rows)
         errors = _errors(case, use)
-        largest = max(norm for _, _, norm in errors.values())
-        least = 0.1 * FLOORS[dtype] * largest
-        for name, (ours, theirs, _) in errors.items():
-            ratios.setdefault(name, []).append(max(ours, least) / max(theirs, least))
-    for name, found in ratios.items():
-        assert geometric_mean(found) <= 2, name
+        least = 0.1 * FLOORS[dtype] * _largest(errors)
+        for result, (ours, theirs, _) in errors.items():
+            ratios.setdefault(result, []).append(max(ours, least) / max(theirs, least))
+    for result, found in ratios.items():
+        assert geometric_mean(found) <= 2, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("name", ["pair", "s2", "kernels", "rare"])
+def test_each_gradient_of_a_narrow_type_is_as_accurate_over_draws(name, dtype, use):
+    _assert_each_accurate(name, (4, 6, 4, 3), "first_four", dtype, 7, use)
+
+
+def test_each_gradient_in_bfloat16_is_as_accurate_over_a_few_draws(use):
+    _assert_each_accurate("pair", (3, 4, 2, 2), (1, [0, 0], [0, 1]), torch.bfloat16, 3, use)
 
 
 def test_batch_norms_without_scale_and_shift(use):
