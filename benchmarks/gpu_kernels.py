@@ -13,9 +13,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from catalogue import DTYPES, Case, Network, cases
+from catalogue import Case, Network, cases
 from gpu_ceilings import plain_fp32, share
 from gpu_items import Bench, Item, Row
+from gpu_references import error_of
 from gpu_timing import Call, Several, in_turns
 from kernel_sites import SITES, Site, network
 from torch import Tensor
@@ -24,15 +25,11 @@ from torch.nn import functional
 from fastshift import _operators_ref
 from fastshift.errors import CaptureError
 from fastshift.graphs import CapturedStep
-from fastshift.kernels import images, loss
+from fastshift.kernels import images
 from fastshift.kernels.described import Layer
-from fastshift.testing import global_error
 
 __all__ = ["items"]
 
-# Against the reference in float64: fine if twice the reference's own error in the type, or below.
-FLOORS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
-TF32_FLOOR = 1e-3
 MOST_COPIES = 256  # of the inputs, which together are to be larger than the cache
 MOST_BYTES = 4 << 30  # of those copies
 SECONDS = 3.0  # of a case's rounds
@@ -83,11 +80,11 @@ def _measure(case: Case, layer: Layer, bench: Bench) -> Iterator[Row]:
     """Check a case, then time it and PyTorch in turns."""
     copies = _copies(case, bench)
     with plain_fp32():
-        errors = {"triton": _error(case, layer, copies[0], case.launcher, FLOORS[case.dtype])}
+        errors = {"triton": error_of(case, layer, copies[0], case.launcher)}
         calls: dict[str, Call | Several] = {"triton": _rotating(copies, case.launcher)}
         if case.dtype == "fp32" and case.dot and not bench.tiny:
             in_tf32 = partial(case.launcher, precision="tf32")
-            errors["triton tf32"] = _error(case, layer, copies[0], in_tf32, TF32_FLOOR)
+            errors["triton tf32"] = error_of(case, layer, copies[0], in_tf32, tf32=True)
             calls["triton tf32"] = _rotating(copies, in_tf32)
         calls["pytorch"] = _pytorch(case, layer, copies)
         calls |= _captured(calls, len(copies), bench, case)
@@ -147,56 +144,6 @@ def _captured(calls: dict[str, Call], number: int, bench: Bench, case: Case) -> 
             continue
         found[f"{name} graph"] = Several(step.replay, number)
     return found
-
-
-def _error(
-    case: Case, layer: Layer, given: tuple, launcher: Callable, floor: float
-) -> float | None:
-    """The relative error against float64, refused where it is too large.
-
-    None for gradients and steps, which the gate alone compares: PyTorch's gradients in float64
-    would not fit beside the inputs.
-
-    Raises:
-        AssertionError: the error is too large.
-    """
-    reference = _references(case, layer, given)
-    if reference is None:
-        return None
-    found = launcher(*given)
-    found = found[0] if isinstance(found, tuple) else found
-    exact, plain = reference(torch.float64), reference(DTYPES[case.dtype])
-    error, bound = (global_error([a], [exact]) for a in (found, plain))
-    assert error <= max(2 * bound, floor), f"{case.name}: error {error:.3g}, PyTorch's {bound:.3g}"
-    return float(f"{error:.3g}")
-
-
-def _references(case: Case, layer: Layer, given: tuple) -> Callable[[torch.dtype], Tensor] | None:
-    """What gives a case's first result by PyTorch's ops in a type."""
-    if case.name == "candidate_loss":
-        return lambda dtype: loss.candidate_loss_ref(given[0].to(dtype), *given[1:])[0]
-    if case.name == "candidate_loss_backward":
-        return lambda dtype: loss.candidate_loss_backward_ref(
-            given[0], given[1].to(dtype), *given[2:]
-        )
-    if case.name == "augment_images":
-        # Of images float32 is exact but for one rounding, and the result's type rounds once more.
-        return lambda dtype: images.augment_images_ref(
-            *given[:-1], torch.float32 if dtype is torch.float64 else dtype
-        )
-    if case.name in ("layer_infer", "layer_train"):
-        return partial(_layer_rows, layer, given)
-    return None
-
-
-def _layer_rows(layer: Layer, given: tuple, dtype: torch.dtype) -> Tensor:
-    """A level's rows by PyTorch's ops in a type."""
-    rows, parent, choice, parameters = given[:4]
-    rows, parameters = rows.to(dtype), [p.to(dtype) for p in parameters]
-    nodes = parent.tolist(), choice.tolist()
-    if isinstance(given[4], Tensor):
-        return _operators_ref.infer(rows, *nodes, parameters, given[4].to(dtype), layer)
-    return _operators_ref.train(rows, *nodes, parameters, layer)[0]
 
 
 def _pytorch(case: Case, layer: Layer, copies: list[tuple]) -> Call:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from gpu_ceilings import CEILINGS, share
 from gpu_items import Bench, Item
+from gpu_references import error_of
 from gpu_report import DRY_RUN, tables
 from gpu_timing import Clock, OutOfTimeError, Several, in_turns
 
@@ -153,6 +154,39 @@ def test_a_kernel_that_is_wrong_at_a_named_shape_is_not_timed(monkeypatch):
     [item] = gpu.items(tiny=True, pattern=r"^candidate_loss \|")
     with pytest.raises(AssertionError, match=r"candidate_loss: error 0\.001"):
         list(item.measure(Bench(CPU, Clock(100.0), True)))
+
+
+def _spoiled(name, launcher):
+    """A launcher one of whose results is wrong."""
+
+    def launch(*given, **options):
+        found = launcher(*given, **options)
+        if name == "layer_train":
+            found[1].mul_(1.001)
+        elif name == "layer_backward":
+            next(value for value in found[1] if value.any()).mul_(0.9)
+        else:
+            given[2][-1].mul_(1.1)
+        return found
+
+    return launch
+
+
+@dry
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("layer_train", "of its statistics"),
+        ("layer_backward", "of the gradient of parameter"),
+        ("sgd_step", "of its momenta"),
+    ],
+)
+def test_every_result_is_compared_before_it_is_timed(name, wrong):
+    [item] = gpu.items(tiny=True, pattern=rf"^{name} \|")
+    case, layer = item.measure.args
+    assert 0 < error_of(case, layer, case.prepare("cpu"), case.launcher) < 1e-5
+    with pytest.raises(AssertionError, match=wrong):
+        error_of(case, layer, case.prepare("cpu"), _spoiled(name, case.launcher))
 
 
 def test_a_gradients_forward_pass_runs_once_on_each_stream_and_never_in_a_capture(monkeypatch):
