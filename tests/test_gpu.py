@@ -14,9 +14,10 @@ import gpu_gate
 import gpu_kernels
 import pytest
 import torch
+from catalogue import cases
 from gpu_ceilings import CEILINGS, share
 from gpu_items import Bench, Item
-from gpu_references import error_of
+from gpu_references import FLOORS, error_of
 from gpu_report import DRY_RUN, tables
 from gpu_timing import Clock, OutOfTimeError, Several, in_turns
 
@@ -164,7 +165,7 @@ def _spoiled(name, launcher):
         if name == "layer_train":
             found[1].mul_(1.001)
         elif name == "layer_backward":
-            next(value for value in found[1] if value.any()).mul_(0.9)
+            next(value for value in found[1] if value.any()).zero_()
         else:
             given[2][-1].mul_(1.1)
         return found
@@ -173,18 +174,21 @@ def _spoiled(name, launcher):
 
 
 @dry
+@pytest.mark.usefixtures("like_a_device")
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("name", "dtype", "wrong"),
     [
-        ("layer_train", "of its statistics"),
-        ("layer_backward", "of the gradient of parameter"),
-        ("sgd_step", "of its momenta"),
+        ("layer_train", "fp32", "of its statistics"),
+        ("layer_backward", "fp32", "of the gradient of parameter"),
+        ("layer_backward", "bf16", "of the gradient of parameter"),
+        ("sgd_step", "bf16", "of its momenta"),
     ],
 )
-def test_every_result_is_compared_before_it_is_timed(name, wrong):
-    [item] = gpu.items(tiny=True, pattern=rf"^{name} \|")
-    case, layer = item.measure.args
-    assert 0 < error_of(case, layer, case.prepare("cpu"), case.launcher) < 1e-5
+def test_every_result_is_compared_before_it_is_timed(name, dtype, wrong):
+    place = gpu_kernels._place(gpu_kernels.TINY, True)
+    [case] = [case for case in cases(place, dtype) if case.name == name]
+    layer = place.levels[0].layer
+    assert error_of(case, layer, case.prepare("cpu"), case.launcher) < 2 * FLOORS[dtype]
     with pytest.raises(AssertionError, match=wrong):
         error_of(case, layer, case.prepare("cpu"), _spoiled(name, case.launcher))
 
