@@ -23,8 +23,14 @@ from gpu_ceilings import plain_fp32
 from gpu_timing import Clock
 
 from fastshift.backends import is_interpreted
-from fastshift.evaluator import Evaluator
-from fastshift.testing import assert_as_accurate, random_archs, synthetic_data, tiny_supernet
+from fastshift.evaluator import PRECISIONS, Evaluator
+from fastshift.testing import (
+    FLOORS,
+    assert_as_accurate,
+    random_archs,
+    synthetic_data,
+    tiny_supernet,
+)
 from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
 
@@ -39,7 +45,6 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parents[1]
-FLOOR = 1e-5  # of a relative error in fp32, where twice the CPU's own is smaller
 # How a supernet's steps run: PyTorch's ops by its modules, or the kernels over static buffers, on
 # a CUDA device captured as graphs. Name, what asks for it, and what must have run.
 PROVIDERS = {
@@ -56,6 +61,7 @@ _PLAIN = "infer::test_batch_norms_without_scale_and_shift"
 _NARROW = "infer::test_narrow_rows_are_as_accurate_as_their_type"
 _OPERATOR = "infer::test_the_operator_runs_the_kernel"
 _TRAIN = "layer::test_training_and_every_gradient_are_as_accurate_as_the_references"
+_DRAWS = "layer::test_each_gradient_of_a_narrow_type_is_as_accurate_over_draws"
 _AFFINE = "layer::test_batch_norms_without_scale_and_shift"
 # Of tests/test_kernels_*.py; the first of each kernel is enough for a dry run.
 KERNEL_TESTS = {
@@ -94,6 +100,10 @@ KERNEL_TESTS = {
         f"{_TRAIN}[s2-odd-padded-fp32]",
         f"{_TRAIN}[s1-tiny-padded-bf16]",
         f"{_TRAIN}[s2-tiny-last_two-fp16]",
+        f"{_DRAWS}[pair-bf16]",
+        f"{_DRAWS}[s2-bf16]",
+        f"{_DRAWS}[kernels-bf16]",
+        f"{_DRAWS}[pair-fp16]",
     ),
 }
 
@@ -140,7 +150,9 @@ def check(device: torch.device, clock: Clock, *, tiny: bool) -> dict[str, str]:
     """
     found = _kernels(KERNEL_TESTS, clock, tiny=tiny)
     for provider in PROVIDERS[device.type]:
-        found[f"an evaluation and an update by {provider}"] = _whole(provider, device)
+        for precision in PRECISIONS:
+            what = f"an evaluation and an update by {provider}, {precision}"
+            found[what] = _whole(provider, device, precision)
     return found
 
 
@@ -196,33 +208,39 @@ def _kernels(tests: dict[str, Iterable[str]], clock: Clock, *, tiny: bool) -> di
     }
 
 
-def _whole(provider: str, device: torch.device) -> str:
+def _whole(provider: str, device: torch.device, precision: str) -> str:
     """Compare losses of a few candidates and the displacement of one update with a CPU's."""
     archs = random_archs(tiny_supernet().space, 6)
+    floor = FLOORS[torch.float32 if precision == "fp32" else torch.bfloat16]
     with steps_by("modules", torch.device("cpu")):
-        exact = _run(torch.device("cpu"), archs, torch.float64, "sequential")
-        plain = _run(torch.device("cpu"), archs, torch.float32, "sequential")
+        exact = _run(torch.device("cpu"), archs, torch.float64, "sequential", "fp32")
+        plain = _run(torch.device("cpu"), archs, torch.float32, "sequential", precision)
     with steps_by(provider, device) as expected, plain_fp32():
-        found = _run(device, archs, torch.float32, "shared")
+        found = _run(device, archs, torch.float32, "shared", precision)
     for part in ("scores", "update"):
         if not found[f"{part} ran"].startswith(expected):
             raise RedGateError(f"{provider}: {part} ran as {found[f'{part} ran']!r}")
         try:
-            assert_as_accurate(found[part], plain[part], exact[part], floor=FLOOR)
+            assert_as_accurate(found[part], plain[part], exact[part], floor=floor)
         except AssertionError as error:
-            raise RedGateError(f"{provider}, {part}: {error}") from None
+            raise RedGateError(f"{provider}, {precision}, {part}: {error}") from None
     return f"as accurate as a CPU's, run as `{expected.rstrip(': ')}`"
 
 
-def _run(device: torch.device, archs: np.ndarray, dtype: torch.dtype, strategy: str) -> dict:
+def _run(
+    device: torch.device, archs: np.ndarray, dtype: torch.dtype, strategy: str, precision: str
+) -> dict:
     """Losses of candidates, what an update of all moved, and how both ran."""
     net = tiny_supernet().to(device, dtype)
     data = synthetic_data(validation=(8, 8), calibration=(8, 6))
     batches = [(x.to(dtype), y) for x, y in data.validation]
     calibration = [(x.to(dtype), y) for x, y in data.calibration]
-    scores = Evaluator(net, batches, calibration=calibration, strategy=strategy).evaluate(archs)
+    evaluator = Evaluator(
+        net, batches, calibration=calibration, strategy=strategy, precision=precision
+    )
+    scores = evaluator.evaluate(archs)
     before = copy.deepcopy(dict(net.named_parameters()))
-    trainer = PathTrainer(net, lr=0.1, momentum=0.0)
+    trainer = PathTrainer(net, lr=0.1, momentum=0.0, precision=precision)
     trainer.update(Plan(archs), *batches[0], position=0)
     moved = [p.detach() - before[name].detach() for name, p in net.named_parameters()]
     return {

@@ -110,14 +110,14 @@ def test_a_broken_kernel_is_refused_by_its_own_test(capsys, monkeypatch, tmp_pat
 @dry
 @pytest.mark.usefixtures("green")
 def test_a_wrong_evaluation_is_refused(capsys, monkeypatch):
-    def run(device, archs, dtype, strategy):
+    def run(device, archs, dtype, strategy, precision):
         spoiled = 1e-3 if strategy == "shared" else 0.0
         ran = {"scores ran": "modules: asked", "update ran": "modules: asked"}
         return ran | {"scores": [torch.ones(4) + spoiled], "update": [torch.ones(4)]}
 
     monkeypatch.setattr(gpu_gate, "_run", run)
     assert gpu.main(DRY) == 1
-    assert "REFUSED, nothing was timed: modules, scores: error" in capsys.readouterr().out
+    assert "REFUSED, nothing was timed: modules, fp32, scores: error" in capsys.readouterr().out
 
 
 @dry
