@@ -39,6 +39,7 @@ pytestmark = [
 ]
 
 DATA = synthetic_data()
+CAPTURED = {"score": ["captured"], "train": ["captured"]}  # what a search says of its steps
 
 
 def _evaluator(net, **options):
@@ -69,12 +70,14 @@ def _moved(state, start):
     return [state[name].double().cpu() - start[name].double() for name in names]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("policy", ["recalibrate", "batch", "running"])
-def test_captured_scores_are_as_accurate_as_one_path_at_a_time_on_a_cpu(policy):
+def test_captured_scores_are_as_accurate_as_one_path_at_a_time_on_a_cpu(policy, precision):
     net = tiny_supernet()
     archs = random_archs(net.space, 9)
-    found = _evaluator(copy.deepcopy(net).cuda(), batch_norm=policy).evaluate(archs)
-    plain = _evaluator(net, batch_norm=policy, strategy="sequential").evaluate(archs)
+    options = {"batch_norm": policy, "precision": precision}
+    found = _evaluator(copy.deepcopy(net).cuda(), **options).evaluate(archs)
+    plain = _evaluator(net, **options, strategy="sequential").evaluate(archs)
     exact = _evaluator(copy.deepcopy(net).double(), batch_norm=policy).evaluate(archs)
     assert found.computed == "captured"
     assert_as_accurate([found.losses], [plain.losses], [exact.losses])
@@ -99,13 +102,15 @@ def test_replayed_updates_are_those_of_the_eager_functions_bit_for_bit(monkeypat
     assert losses == plain_losses
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5, "nesterov": True, "reduction": "mean"}])
-def test_captured_updates_are_as_accurate_as_those_of_a_cpu(options):
+def test_captured_updates_are_as_accurate_as_those_of_a_cpu(options, precision):
     net = tiny_supernet()
     start = {name: value.clone() for name, value in net.tensors().items()}
-    found = _train(copy.deepcopy(net).cuda(), **options)[0]
-    plain = _train(copy.deepcopy(net), **options)[0]
+    found, _, trainer = _train(copy.deepcopy(net).cuda(), **options, precision=precision)
+    plain = _train(copy.deepcopy(net), **options, precision=precision)[0]
     exact = _train(copy.deepcopy(net).double(), **options)[0]
+    assert trainer.computed == "captured"
     assert_as_accurate(*(_moved(state, start) for state in (found, plain, exact)))
 
 
@@ -198,7 +203,7 @@ def test_graphs_of_updates_go_with_their_trainers_and_others_take_their_memory()
         fs.pretrain(net, DATA, steps=2, lr=0.01, batch_size=8)
         gc.collect()
         result = fs.search(net, DATA, **options, shift_batch_size=8)
-        assert result.computed == {"score": ["captured"], "train": ["captured"]}
+        assert result.computed == CAPTURED
         gc.collect()
 
 
@@ -267,20 +272,35 @@ def test_what_no_path_used_keeps_its_bits_and_a_spoiled_update_moves_nothing():
     assert changed_tensors(before, net.tensors()) == set()
 
 
+def _searched(net, data, shift, **options):
+    """The result of a small search, and how far the weights went."""
+    start = {name: value.clone().cpu() for name, value in net.tensors().items()}
+    options |= {"generations": 1, "population": 6, "parents": 3, "top_k": 3, "shift_steps": 2}
+    options |= {"shift_batch_size": 8, "head_warmup_steps": 2, "subtrie_size": 4, "shift": shift}
+    result = fs.search(net, data, **options, seed=3)
+    return result, _moved(net.tensors(), start)
+
+
 @pytest.mark.parametrize("shift", ["accumulate", "immediate", "every:3"])
 def test_a_whole_search_on_a_gpu_agrees_with_one_on_a_cpu(shift):
-    options = {"generations": 1, "population": 6, "parents": 3, "top_k": 3, "shift_steps": 2}
-    options |= {"shift_batch_size": 8, "head_warmup_steps": 2, "subtrie_size": 4, "shift": shift}
-    results, nets = [], []
-    for device in ("cpu", "cuda"):
-        net = tiny_supernet(dropout=0.0).to(device)
-        start = {name: value.clone().cpu() for name, value in net.tensors().items()}
-        results.append(fs.search(net, DATA, **options, seed=3))
-        nets.append(net)
-    assert results[1].computed == {"score": ["captured"], "train": ["captured"]}
-    assert [row.arch for row in results[0].top] == [row.arch for row in results[1].top]
-    one, two = (_moved(net.tensors(), start) for net in nets)
+    plain, one = _searched(tiny_supernet(), DATA, shift)
+    found, two = _searched(tiny_supernet().cuda(), DATA, shift)
+    assert found.computed == CAPTURED
+    assert [row.arch for row in plain.top] == [row.arch for row in found.top]
     assert global_error(two, one) < 1e-3
+
+
+def test_a_whole_search_in_bfloat16_on_a_gpu_is_as_accurate_as_one_on_a_cpu():
+    """Of a search whose best are more than two hundredths apart, so that rounding moves no rank."""
+    plain, one = _searched(tiny_supernet(), DATA, "immediate", precision="bf16")
+    found, two = _searched(tiny_supernet().cuda(), DATA, "immediate", precision="bf16")
+    data = synthetic_data()
+    for batches in (data.validation, data.calibration):
+        batches[:] = [(images.double(), labels) for images, labels in batches]
+    _, exact = _searched(tiny_supernet().double(), data, "immediate")
+    assert found.computed == CAPTURED
+    assert [row.arch for row in plain.top] == [row.arch for row in found.top]
+    assert_as_accurate(two, one, exact)
 
 
 def test_pre_training_on_a_gpu_learns(monkeypatch):
