@@ -8,10 +8,17 @@ import torch
 from block_cases import seeded
 from operator_cases import OPS, POPULATIONS, SHAPES, Layer, buffers, make_case, random_moments
 
-from fastshift import cpu
+from fastshift import cpu, operators, static_operators
 from fastshift.operators import layer_infer, layer_train
 
 pytestmark = pytest.mark.usefixtures("backend")
+
+OPERATORS = [
+    name
+    for module in (operators, static_operators)
+    for name in module.__all__
+    if name.startswith("layer_")
+]
 
 
 def _samples(dtype):
@@ -23,19 +30,31 @@ def _samples(dtype):
     nodes = (parent, choice)
     needs = [True, *(index % 3 > 0 for index in range(len(plain)))]
     wanting = (rows.clone().requires_grad_(), *nodes, layer.given(dtype), layer.text)
+    out, sums = torch.empty_like(y), [torch.ones_like(p) for p in plain]
+    into = [torch.empty_like(value) for value in (y, statistics, saved)]
+    kept = (statistics, saved, layer.text)
     return {
         "layer_infer": [(rows, *nodes, plain, moments, layer.text)],
         "layer_train": [wanting, (rows, *nodes, plain, layer.text, False)],
         "layer_backward": [
-            (y, rows, *nodes, plain, statistics, saved, layer.text, given)
+            (y, rows, *nodes, plain, *kept, given)
             for given in (needs, [not needed for needed in needs])
+        ],
+        "layer_infer_into": [(out, rows, *nodes, plain, moments, layer.text)],
+        "layer_train_into": [
+            (*into, rows, *nodes, plain, layer.text),
+            (*into[:2], saved.new_empty(0), rows, *nodes, plain, layer.text),
+        ],
+        "layer_backward_into": [
+            (d_rows, sums, y, rows, *nodes, plain, *kept)
+            for d_rows in (torch.empty_like(rows), rows.new_empty(0))
         ],
     }
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the check's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["cpu", "reference"])
-@pytest.mark.parametrize("name", ["layer_infer", "layer_train", "layer_backward"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_pytorchs_own_check_of_operators(name, dtype, monkeypatch):
     memory = cpu._memory  # what is kept has parts that no one writes, and must compare equal
     monkeypatch.setattr(cpu, "_memory", lambda floats: memory(floats).zero_())
