@@ -1,7 +1,7 @@
 """What a captured step must not do, looked for without a GPU: every operator that it calls is seen.
 
-The operators of the population layer, the loss and the update are one call each here; that they
-are safe themselves is for their own tests.
+The operators of the population layer, the loss and the update are one call each at first. What
+launches their kernels on a CUDA device is looked at as well, but for the launches themselves.
 """
 
 from __future__ import annotations
@@ -155,6 +155,12 @@ def _watched(run, populations):
 
 
 KINDS = ["calibrate", "infer", "train"]
+# Kernels that a pass of a kind launches beside those of its layers.
+LAUNCHED = {
+    "calibrate": set(),
+    "infer": {"loss_fwd_kernel"},
+    "train": {"loss_fwd_kernel", "loss_bwd_kernel", "_sgd_kernel"},
+}
 
 
 def _run(kind, state, net):
@@ -377,19 +383,26 @@ def test_on_a_gpu_every_buffer_is_there_and_nothing_comes_back(kind, dtype, pret
 @pytest.fixture
 def launched(pretended, monkeypatch):
     """Have what launches the Triton kernels run, but for the launches, of which it takes notes."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
     from fastshift import _operators_triton, population_pass, static_operators, training_pass
-    from fastshift.kernels import _launch, infer, layer, plan
+    from fastshift.kernels import infer, layer, loss, plan, sgd
 
     found, addresses = [], torch.zeros(1, dtype=torch.int64, device="cuda")
 
-    def note(grid, given, options):
-        tensors, others = _tensors((given, options)), _others((grid, given, options))
-        found.append((_sizes(tensors), others))
+    def launch(kernel, *given, grid, warmup, **options):
+        sizes = _sizes(_tensors((given, options)))
+        found.append((kernel.fn.__name__, sizes, _others((grid, given, options))))
 
-    def launch(self):
-        note(self.grid, self.positional, {**self.arguments, **self.options})
-
-    monkeypatch.setattr(_launch.Launch, "__call__", launch)
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", launch)
+    for name, launcher in (
+        ("candidate_loss", loss._loss_fwd_triton),
+        ("candidate_loss_backward", loss._loss_bwd_triton),
+        ("sgd_step", sgd._sgd_triton),
+    ):
+        monkeypatch.setattr(torch.ops.fastshift, name, launcher)
     for module in (infer, layer):
         monkeypatch.setattr(module, "address_table", lambda tensors, device: (addresses, True))
     monkeypatch.setattr(_operators_triton, "plain", list)
@@ -428,7 +441,8 @@ def test_what_launches_the_kernels_is_safe_and_the_same_for_two_populations(kind
     assert half > 10
     assert launched[:half] == launched[half:]
     # Trunk and sub-tries: every level and bucket has launches of its own size.
-    assert len({str(others) for _, others in launched}) > 5
+    assert len({str(others) for *_, others in launched}) > 5
+    assert {name for name, *_ in launched} >= LAUNCHED[kind]
 
 
 def test_buffers_of_a_wrong_size_are_refused_over_fake_tensors(pretended):
