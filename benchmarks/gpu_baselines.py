@@ -83,7 +83,7 @@ def ways(
             for cast in casts:
                 variant = Variant(precision, kind, layout, cast, bench.device.type)
                 for tf32 in (False, True) if precision == "fp32" else (False,):
-                    if tf32 and (kind == "compiled" or bench.device.type != "cuda"):
+                    if tf32 and bench.device.type != "cuda":
                         continue
                     net = variant.copy_of(supernet)
                     for parameter in net.parameters():

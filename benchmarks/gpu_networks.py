@@ -31,6 +31,10 @@ __all__ = ["CELLS", "LOOP", "TINY_CELLS", "Cell", "Setting", "items"]
 ROUNDS = {"rounds": 7, "fewest": 3}
 LOOP_CANDIDATES = 3  # of the released loop, scaled to all by their multiply-adds
 LOOP = "released loop"
+SETS = 4  # of batches, which calls take in turn
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+OneAtATime = Callable[..., torch.Tensor]  # of candidates and the number of the call, 0 without
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,20 @@ def items(*, tiny: bool) -> list[Item]:
     ]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Batches of one call: to calibrate on, to score, and to train on."""
+
+    calibration: Batch
+    scored: list[Batch]
+    shift: Batch
+
+    def read_bytes(self, *, training: bool) -> int:
+        """Of what a call reads."""
+        batches = [self.shift] if training else [self.calibration, *self.scored]
+        return sum(tensor.nbytes for batch in batches for tensor in batch)
+
+
 class Setting:
     """A supernet, its batches and a generation on a device.
 
@@ -87,6 +105,9 @@ class Setting:
         cell: which.
         generation: of `generations.KEPT`.
         device: where.
+
+    Attributes:
+        inputs: sets of batches, `SETS` of them.
     """
 
     def __init__(self, cell: Cell, generation: int, device: torch.device) -> None:
@@ -100,14 +121,19 @@ class Setting:
         self.archs = generations.load(cell.space)[generation][: cell.candidates].astype(np.uint8)
         self.plan = Plan(self.archs)
         self.device, self.cell = device, cell
-        self.calibration = self.batch(cell.calibration)
-        self.batches = [self.batch(images) for images in cell.scored]
-        self.shift = self.batch(cell.shift)
+        self.inputs = [
+            Inputs(
+                self._batch(cell.calibration),
+                [self._batch(images) for images in cell.scored],
+                self._batch(cell.shift),
+            )
+            for _ in range(SETS)
+        ]
 
-    def batch(self, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, images: int) -> Batch:
         """Random images `[N, 3, size, size]` and labels `[N]`."""
-        x = torch.randn(images, 3, self.cell.size, self.cell.size)
-        return x.to(self.device), (torch.arange(images) % 10).to(self.device)
+        x = torch.randn(images, 3, self.cell.size, self.cell.size, device=self.device)
+        return x, torch.arange(images, device=self.device) % 10
 
     def flops(self) -> float:
         """Multiply-adds of an image through what the generation's trie computes."""
@@ -128,30 +154,37 @@ def _evaluator(cell: Cell, generation: int, precision: str, bench: Bench) -> Ite
     """Calibrate and score a generation."""
     setting = Setting(cell, generation, bench.device)
     archs = setting.archs
-    evaluator = Evaluator(
-        setting.supernet,
-        setting.batches,
-        calibration=[setting.calibration],
-        precision=precision,
-    )
+    evaluators = [
+        Evaluator(
+            setting.supernet,
+            inputs.scored,
+            calibration=[inputs.calibration],
+            precision=precision,
+        )
+        for inputs in setting.inputs
+    ]
 
-    def one_at_a_time(baseline: Baseline) -> Callable[[Sequence], torch.Tensor]:
-        calibration = baseline.batch(setting.calibration)
-        batches = [baseline.batch(batch) for batch in setting.batches]
-        return lambda some: score(baseline, some, calibration, batches)
+    def one_at_a_time(baseline: Baseline) -> OneAtATime:
+        given = [
+            (baseline.batch(inputs.calibration), [baseline.batch(b) for b in inputs.scored])
+            for inputs in setting.inputs
+        ]
+        return lambda some, number=0: score(baseline, some, *given[number % SETS])
 
-    def ours(provider: str) -> np.ndarray:
+    def ours(provider: str, number: int) -> np.ndarray:
         with steps_by(provider, bench.device) as expected, plain_fp32():
-            scores = evaluator.evaluate(archs)
+            scores = evaluators[number % SETS].evaluate(archs)
         assert scores.computed.startswith(expected), f"{provider}: ran as {scores.computed!r}"
         return scores.losses
 
-    loop, chosen, scale = setting.loop(setting.batches)
-    calls = {
-        "ours": ours,
-        "loop": lambda: [loop.score(archs[index]) for index in chosen],
-        "loop scale": scale,
-    }
+    loop, chosen, scale = setting.loop([])
+
+    def released(number: int) -> None:
+        loop.scored = setting.inputs[number % SETS].scored
+        for index in chosen:
+            loop.score(archs[index])
+
+    calls = {"ours": ours, "loop": released, "loop scale": scale}
     images = cell.calibration + sum(cell.scored)
     yield from _compare(
         bench, setting, precision, one_at_a_time, calls, SCORING_TOLERANCE, images, training=False
@@ -167,24 +200,26 @@ def _shift(cell: Cell, generation: int, precision: str, bench: Bench) -> Iterato
         for provider in PROVIDERS[bench.device.type]
     }
 
-    def one_at_a_time(baseline: Baseline) -> Callable[[Sequence], torch.Tensor]:
-        batch = baseline.batch(setting.shift)
+    def one_at_a_time(baseline: Baseline) -> OneAtATime:
+        given = [baseline.batch(inputs.shift) for inputs in setting.inputs]
         optimizer = torch.optim.SGD(baseline.net.train().parameters(), **SGD)
-        return lambda some: train(baseline, some, batch, optimizer)
+        return lambda some, number=0: train(baseline, some, given[number % SETS], optimizer)
 
-    def ours(provider: str) -> float:
-        trainer = trainers[provider]
+    def ours(provider: str, number: int) -> float:
+        trainer, batch = trainers[provider], setting.inputs[number % SETS].shift
         with steps_by(provider, bench.device) as expected, plain_fp32():
-            loss = trainer.update(setting.plan, *setting.shift, position=0)
+            loss = trainer.update(setting.plan, *batch, position=0)
         assert trainer.computed.startswith(expected), f"{provider}: ran as {trainer.computed!r}"
         return loss
 
-    loop, chosen, scale = setting.loop([setting.shift])
-    calls = {
-        "ours": ours,
-        "loop": lambda: [loop.train(archs[index]) for index in chosen],
-        "loop scale": scale,
-    }
+    loop, chosen, scale = setting.loop([])
+
+    def released(number: int) -> None:
+        loop.steps = [setting.inputs[number % SETS].shift]
+        for index in chosen:
+            loop.train(archs[index])
+
+    calls = {"ours": ours, "loop": released, "loop scale": scale}
     yield from _compare(
         bench, setting, precision, one_at_a_time, calls, TRAINING_TOLERANCE, images, training=True
     )
@@ -194,7 +229,7 @@ def _compare(
     bench: Bench,
     setting: Setting,
     precision: str,
-    one_at_a_time: Callable[[Baseline], Callable[[Sequence], torch.Tensor]],
+    one_at_a_time: Callable[[Baseline], OneAtATime],
     calls: dict,
     tolerance: dict[str, float],
     images: int,
@@ -215,15 +250,16 @@ def _compare(
         exact = one_at_a_time(full)(archs).cpu().numpy()
     timed: dict[str, Call] = {}
     for provider in PROVIDERS[bench.device.type]:
-        found = ours(provider)
+        found = ours(provider, 0)
         if training:
             agree([found], [wanted.mean()], _mean(exact), tolerance[precision], plain)
         else:
             agree(found, wanted, exact, tolerance[precision], plain)
-        timed[provider] = lambda _, p=provider: ours(p)
+        timed[provider] = partial(ours, provider)
     for name in dict.fromkeys((best, plain)):
-        timed[name] = lambda _, n=name: contestants[n](archs)
-    timed[LOOP] = lambda _: calls["loop"]()
+        timed[name] = partial(contestants[name], archs)
+    timed[LOOP] = calls["loop"]
+    rotated = sum(inputs.read_bytes(training=training) for inputs in setting.inputs)
     times = in_turns(timed, bench.stopwatch, bench.clock, **(bench.rounds or ROUNDS))
     for name, found in times.items():
         row = {"provider": name, "is_baseline": name not in PROVIDERS[bench.device.type]}
@@ -232,6 +268,8 @@ def _compare(
         row |= {
             "archs_per_second": float(f"{len(archs) / seconds:.4g}"),
             "images_per_second": float(f"{len(archs) * images / seconds:.4g}"),
+            "rotated_bytes": rotated,
+            "in_cache": rotated < 2 * bench.cache_bytes,
         }
         if not row["is_baseline"]:
             passes = 3 if training else 1
@@ -250,7 +288,8 @@ def _ways(
     bench: Bench, setting: Setting, precision: str, *, training: bool
 ) -> tuple[list[Baseline], dict[str, float]]:
     """The baselines that can be timed, and what compiling took."""
-    batch = setting.shift if training else setting.calibration
+    inputs = setting.inputs[0]
+    batch = inputs.shift if training else inputs.calibration
     kept, compiling = [], {}
     for way in ways(bench, setting.supernet, precision, training=training, compiles=not bench.tiny):
         if way.variant.kind == "compiled":

@@ -132,7 +132,7 @@ def _timed(bench: Bench, supernet: Supernet, data: SimpleNamespace, **options: A
 def _composed(cell: Cell, precision: str, bench: Bench, scored: int, updates: int) -> Iterator[Row]:
     """What scoring so many candidates and so many updates would take, by the time of a few."""
     setting = Setting(cell, LAST, bench.device)
-    archs, chosen = setting.archs, setting.loop([])[1:]
+    archs, chosen, inputs = setting.archs, setting.loop([])[1:], setting.inputs[0]
     some, scale = archs[chosen[0]], chosen[1] / len(archs)
 
     def strong(training: bool) -> tuple[str, float]:
@@ -140,17 +140,17 @@ def _composed(cell: Cell, precision: str, bench: Bench, scored: int, updates: in
         for way in ways(bench, setting.supernet, precision, training=training, compiles=False):
             if training:
                 optimizer = torch.optim.SGD(way.net.train().parameters(), **SGD)
-                batch = way.batch(setting.shift)
+                batch = way.batch(inputs.shift)
                 calls[way.name] = partial(_train, way, batch, optimizer)
             else:
-                batches = [way.batch(b) for b in setting.batches]
-                calls[way.name] = partial(_score, way, way.batch(setting.calibration), batches)
+                batches = [way.batch(b) for b in inputs.scored]
+                calls[way.name] = partial(_score, way, way.batch(inputs.calibration), batches)
         name, tried = fastest(calls, some, bench.stopwatch)
         return name, 1e-3 * tried[name]
 
     names, times = zip(strong(False), strong(True), strict=True)
     seconds = scale * (scored * times[0] + updates * len(archs) * times[1])
-    loops = [setting.loop(batches)[0] for batches in (setting.batches, [setting.shift])]
+    loops = [setting.loop(batches)[0] for batches in (inputs.scored, [inputs.shift])]
     loop = [
         bench.stopwatch(lambda: [loops[0].score(arch) for arch in some]),
         bench.stopwatch(lambda: [loops[1].train(arch) for arch in some]),

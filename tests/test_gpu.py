@@ -12,6 +12,8 @@ from pathlib import Path
 import gpu
 import gpu_gate
 import gpu_kernels
+import gpu_networks
+import numpy as np
 import pytest
 import torch
 from catalogue import cases
@@ -229,6 +231,21 @@ def test_pytorchs_gradients_are_the_kernels(name, monkeypatch):
 
 def _flat(found):
     return [found] if isinstance(found, torch.Tensor) else found
+
+
+@dry
+@pytest.mark.parametrize("part", ["evaluator", "shift step"])
+def test_calls_of_networks_take_their_batches_in_turn(part, monkeypatch):
+    found = {}
+    monkeypatch.setattr(gpu_networks, "in_turns", lambda calls, *_, **__: found.update(calls) or {})
+    [item] = gpu.items(tiny=True, pattern=rf"^{part} \|")
+    list(item.measure(Bench(CPU, Clock(100.0), True)))
+    del found[gpu_networks.LOOP]  # which gives nothing
+    assert len(found) >= 3
+    for name, call in found.items():
+        losses = [float(np.mean(np.asarray(call(i)))) for i in range(gpu_networks.SETS + 1)]
+        assert len({round(loss, 4) for loss in losses}) == gpu_networks.SETS, name
+        assert losses[0] == pytest.approx(losses[-1], rel=1e-5)
 
 
 def test_what_captures_took_is_told_apart():
