@@ -1,4 +1,4 @@
-"""The GPU's speed, in ten minutes: checked first, then timed beside two baselines.
+"""The GPU's speed, within a budget of ten minutes: checked first, then timed beside two baselines.
 
     python benchmarks/gpu.py [--minutes M] [--only PATTERN] [--json FILE]
     python benchmarks/gpu.py --device cpu --tiny        a dry run of the same code

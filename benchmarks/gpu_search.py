@@ -4,7 +4,7 @@ The search is timed whole, by the wall's clock, once for each provider after a s
 compiles the kernels and captures the graphs for scoring. Those of updates belong to a search's own
 trainer, and are captured anew in each: that is part of the time, and told apart. The baselines'
 figures are composed: their time for a candidate's score and its share of the updates, of a few
-candidates, times what the search asked for.
+candidates, times what the search asked for. They are eager: none is compiled here.
 """
 
 from __future__ import annotations
