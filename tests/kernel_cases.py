@@ -56,10 +56,18 @@ OPS = {
         op_of([("depthwise", c, c, k, s)], "plain", s) for k, s in ((3, 2), (5, 2), (7, 2))
     ],
     "pair": lambda c: [inverted_residual(c, c, 1, 2, 3), shuffle_unit(c, c, 1, 3)],
+    # A depthwise launch is the first that adds to rows' gradients; a later one adds as well.
+    "passing": lambda c: [
+        identity(c),
+        op_of([("depthwise", c, c, 3), ("pointwise", c, c), ("depthwise", c, c, 3)], "residual"),
+        op_of([("pointwise", c, c), ("depthwise", c, c, 3)], "residual"),
+        shuffle_unit(c, c, 1, 3),
+    ],
     "nothing": lambda c: [identity(c), identity(c)],
     "one": lambda c: [identity(c), op_of([("pointwise", c, c)], "residual")],
 }
-SHAPES = {"easy": (4, 8, 6, 6), "odd": (3, 6, 5, 3), "tiny": (5, 4, 1, 1)}  # N, C, H, W
+# N, C, H, W; more channels than a tile of a frame has.
+SHAPES = {"easy": (4, 8, 6, 6), "odd": (3, 6, 5, 3), "tiny": (5, 4, 1, 1), "wide": (2, 130, 3, 3)}
 # Rows above; parent of each node, and its choice modulo those that there are. The padded one has
 # padding and a row that no one reads.
 POPULATIONS = {

@@ -87,7 +87,9 @@ def _assert_accurate(case, use, found=None):
 @pytest.mark.parametrize(
     ("name", "shape", "population", "dtype"),
     [
-        ("nothing", "odd", "padded", torch.bfloat16),
+        ("nothing", "wide", "padded", torch.bfloat16),
+        ("passing", "odd", "padded", torch.float32),
+        ("passing", "tiny", "every_choice", torch.bfloat16),
         ("s1", "odd", "every_choice", torch.float32),
         ("s2", "odd", "padded", torch.float32),
         ("rare", "tiny", "first_three", torch.float32),
