@@ -12,7 +12,13 @@ from fastshift.kernels.infer_bands import CACHE_SHARE
 __all__ = ["REGISTER_TOLERANCE", "known", "regressions", "shortfalls"]
 
 REGISTER_TOLERANCE = 8  # of a thread: the step in which the compiler's choices jump about
+SHARED_TOLERANCE = 1024  # bytes of a program
+WIDE_TOLERANCE = 0.1  # of the share of loads that are as wide as the shape admits
 Record = dict[str, Any]
+
+# Of a case, by its shape and the listing alone; a figure that differs has another meaning.
+_DEFINED = ("budget", "made_bytes", "least_made_bytes", "multiply_adds", "load_width")
+_DEFINED += ("store_width", "narrow", "no_rows", "dot", "intensity", "floor_us")
 
 
 def shortfalls(record: Record) -> list[str]:
@@ -92,7 +98,9 @@ def regressions(
 ) -> list[str]:
     """Return a line for each thing that got worse than the baseline.
 
-    Registers are compared where both were compiled by the same version of Triton.
+    Registers, occupancy, shared memory, shares of wide loads and counts of tensor-core instructions
+    are compared where both were compiled by the same version of Triton. What a case needs and what
+    its bounds are follows from its definition: any change of these is one.
 
     Args:
         record: of `gpu_static`.
@@ -108,6 +116,10 @@ def regressions(
         if not partial:
             gone = baseline[part].keys() - record[part]
             lines += [f"{name}: in the record, but no longer listed" for name in gone]
+    lines += [
+        f"sm_{c}: in the record, but no longer among the cards"
+        for c in baseline["cards"].keys() - record["cards"]
+    ]
     same_compiler = record["versions"]["triton"] == baseline["versions"]["triton"]
     for name in record["cases"].keys() & baseline["cases"]:
         lines += _worse_case(record, baseline, name, same_compiler)
@@ -129,29 +141,62 @@ def _worse_case(record: Record, baseline: Record, name: str, same_compiler: bool
     for field in ("allocated_bytes", "read_bytes", "written_bytes"):
         if new[field] > old[field]:
             yield f"{name}: {field} {new[field]}, {old[field]} in the record"
+    for field in _DEFINED:
+        if new[field] != old[field]:
+            yield f"{name}: {field} {new[field]}, {old[field]} in the record: another definition"
+    gone = [c for c in old["cards"] if c not in new["cards"]]
+    if gone:
+        yield f"{name}: not for {', '.join(f'sm_{c}' for c in gone)}, which the record has"
     kernels = [dict.fromkeys(key.split()[0] for key in case["launches"]) for case in (new, old)]
     if list(kernels[0]) != list(kernels[1]):  # nothing to compare one by one
         yield f"{name}: it runs {', '.join(kernels[0])}; in the record {', '.join(kernels[1])}"
         return
     for key, old_key in zip(new["launches"], old["launches"], strict=False):
-        for capability, code in record["kernels"][key].items():
-            before = baseline["kernels"][old_key].get(capability)
-            if before is not None:
-                where = f"{name}: {key} for sm_{capability}"
+        codes, before = record["kernels"][key], baseline["kernels"][old_key]
+        for capability in before:
+            where = f"{name}: {key} for sm_{capability}"
+            if capability in codes:
                 only_sums = key.split()[0] in new["no_rows"]
-                yield from _worse_code(where, code, before, same_compiler, only_sums)
+                yield from _worse_code(where, codes[capability], before[capability], only_sums)
+                if same_compiler:
+                    width = new["load_width"]
+                    yield from _worse_choices(where, codes[capability], before[capability], width)
+            elif int(capability) in new["cards"]:
+                yield f"{where}: no machine code, which the record has"
 
 
-def _worse_code(
-    where: str, code: Record, before: Record, same_compiler: bool, only_sums: bool
-) -> Iterator[str]:
-    grown = code["registers"] - before["registers"]
-    if same_compiler and grown > REGISTER_TOLERANCE:
-        yield f"{where}: {code['registers']} registers, {before['registers']} in the record"
-    if code["spills"] > before["spills"] and (same_compiler or not before["spills"]):
-        yield f"{where}: {code['spills']} spills, {before['spills']} in the record"
+def _worse_code(where: str, code: Record, before: Record, only_sums: bool) -> Iterator[str]:
+    """What no version of a compiler may do."""
+    if code["spills"] > before["spills"] and not before["spills"]:
+        yield f"{where}: {code['spills']} spills, 0 in the record"
     for kind in ("load_bytes",) if only_sums else ("load_bytes", "store_bytes"):
         if code[kind] < before[kind]:
             yield f"{where}: {kind} {code[kind]}, {before[kind]} in the record"
     if before["tensor"] and not code["tensor"]:
         yield f"{where}: no tensor cores; {before['tensor']} in the record"
+
+
+def _worse_choices(where: str, code: Record, before: Record, load_width: int) -> Iterator[str]:
+    """What the same compiler does not do to the same kernel."""
+    if code["spills"] > before["spills"] > 0:
+        yield f"{where}: {code['spills']} spills, {before['spills']} in the record"
+    if code["registers"] > before["registers"] + REGISTER_TOLERANCE:
+        yield f"{where}: {code['registers']} registers, {before['registers']} in the record"
+    if code["occupancy"] < before["occupancy"]:
+        now, then = code["occupancy"], before["occupancy"]
+        yield f"{where}: an occupancy of {now:.0%}, {then:.0%} in the record"
+    if code["shared_bytes"] > before["shared_bytes"] + SHARED_TOLERANCE:
+        now, then = code["shared_bytes"], before["shared_bytes"]
+        yield f"{where}: {now} bytes of shared memory, {then} in the record"
+    now, then = (_wide_share(found["loads"], load_width) for found in (code, before))
+    if now < (1 - WIDE_TOLERANCE) * then:
+        wide = f"of its loads have {load_width} bytes or more"
+        yield f"{where}: {now:.1%} {wide}, {then:.1%} in the record"
+    for kind, count in before["tensor"].items() if code["tensor"] else ():
+        if 2 * code["tensor"].get(kind, 0) <= count:
+            yield f"{where}: {code['tensor'].get(kind, 0)} {kind}, {count} in the record"
+
+
+def _wide_share(loads: dict[str, int], width: int) -> float:
+    """Of load instructions, the share of those of at least so many bytes a thread."""
+    return sum(n for size, n in loads.items() if int(size) >= width) / max(sum(loads.values()), 1)
