@@ -44,11 +44,10 @@ class Site:
 # Batches of 150 and generations of 50, as the released code of Supernet Shifting has them.
 _EVERYWHERE = (80, 90, 100)
 _ONE = {"bf16": (90,)}
-_ONE_OF_EACH = dict.fromkeys(DTYPES, (90,))
 _ALL = dict.fromkeys(DTYPES, _EVERYWHERE)
 SITES = (
     Site("shufflenet_v2", 224, 1000, 150, 50, 8, 16, ("block 5",), _ONE),
-    Site("shufflenet_v2", 64, 200, 150, 50, 8, 16, ("block 10",), _ONE_OF_EACH),
+    Site("shufflenet_v2", 64, 200, 150, 50, 8, 16, ("block 10",), _ALL),
     Site("nasbench_macro", 32, 10, 150, 50, 8, 16, ("block 4", "block 7"), _ALL),
     Site("digits", 8, 10, 150, 50, 8, 16, ("block 3",), _ALL),
 )

@@ -23,6 +23,8 @@ class Card:
         shared: bytes of shared memory that a multiprocessor gives to its programs.
         multiprocessors: how many it has.
         cache: bytes of its second-level cache.
+        few_sums: whether code for it spills where a launch of inference does many kinds of jobs,
+            unless a thread holds fewer sums than on others; found by compiling.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Card:
     shared: int
     multiprocessors: int
     cache: int
+    few_sums: bool = False
 
 
 # Data sheets of the SXM (HGX) cards, by compute capability.
@@ -58,6 +61,7 @@ CARDS = {
         228 * 1024,
         148,
         126 * 2**20,
+        few_sums=True,
     ),
 }
 

@@ -28,7 +28,7 @@ from fastshift.kernels.infer_bands_kernel import infer_bands_kernel
 from fastshift.kernels.infer_jobs import InferStep
 from fastshift.kernels.infer_plan import InferPlan, plan_infer
 from fastshift.kernels.infer_step_kernel import infer_step_kernel
-from fastshift.kernels.infer_tiles import Blocks, block_sizes, num_tiles
+from fastshift.kernels.infer_tiles import Blocks, num_tiles
 from fastshift.kernels.plan import refuse_capture
 
 __all__ = ["hidden_bytes", "infer", "scratch_bytes"]
@@ -130,9 +130,9 @@ def _launches(
     if bands is not None:
         return [_compiled(bands.step, bands.blocks, device, wide, precision, bands=bands)]
     found = []
-    tensor_cores = _machine(device, dtype, precision, card).tensor_cores
+    machine = _machine(device, dtype, precision, card)
     for step in plan.steps:
-        blocks = block_sizes(step, plan.images, dtype.itemsize, tensor_cores)
+        blocks = machine.blocks(step, plan.images)
         tiles = num_tiles(step, plan.images, blocks)
         found.append(_compiled(step, blocks, device, wide, precision, tiles=tiles))
     return found

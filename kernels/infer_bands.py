@@ -53,6 +53,11 @@ class Machine:
         """Whether products run on them."""
         return self.rate != "vector"
 
+    def blocks(self, step: InferStep, images: int, *, apart: bool = False) -> Blocks:
+        """A step's tile, `apart` as for `block_sizes`."""
+        given = self.item_size, self.tensor_cores, self.card.few_sums
+        return block_sizes(step, images, *given, apart)
+
     def programs(self, blocks: Blocks) -> list[int]:
         """How many there may be: as registers and shared memory admit, or fewer, by halves."""
         registers = ceil_div(blocks.registers, 8) * 8 * 32 * blocks.warps
@@ -117,7 +122,8 @@ def plan_bands(
         # A depthwise convolution has chunks as wide as in front of a product.
         products = [tuple(j for j in own if j.kind_name != "depthwise") for own in chains]
         step = InferStep(tuple(products if any(products) else chains))
-        blocks = block_sizes(step, plan.images, machine.item_size, machine.tensor_cores)
+        is_apart = len(step.all_jobs) < sum(map(len, chains))
+        blocks = machine.blocks(step, plan.images, apart=is_apart)
         counts = machine.programs(blocks)
         plans += [_plan(plan, chains, blocks, machine, programs) for programs in counts]
     # Of equal ones the first: with the fewest jobs, and then the most programs.
@@ -154,7 +160,7 @@ def seconds_by_steps(plan: InferPlan, machine: Machine) -> float:
     """What the estimate says of a node of each choice, together, by a launch a stage."""
     seconds = 0.0
     for step in plan.steps:
-        blocks = block_sizes(step, plan.images, machine.item_size, machine.tensor_cores)
+        blocks = machine.blocks(step, plan.images)
         moved = sum(_memory(job, plan.images, hidden=True) for job in step.all_jobs)
         arithmetic = sum(
             _arithmetic(job, plan.images * job["out_height"] * job["out_width"], blocks, machine)

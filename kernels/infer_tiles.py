@@ -32,7 +32,14 @@ class Blocks:
     shared: int = 0
 
 
-def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool) -> Blocks:
+def block_sizes(
+    step: InferStep,
+    images: int,
+    item_size: int,
+    tensor_cores: bool,
+    few_sums: bool,
+    apart: bool = False,
+) -> Blocks:
     """Choose a step's tile: a function of sizes alone.
 
     Each tile of output channels computes the depthwise convolution anew: a wide one does so less
@@ -45,6 +52,8 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
         images: of a row.
         item_size: bytes of a value of the rows.
         tensor_cores: whether products run on them (float32 at full precision does not).
+        few_sums: as a card's.
+        apart: whether the launch has depthwise convolutions too, of tiles of their own.
     """
     kinds = {job.kind_name for job in step.all_jobs}
     products = [job for job in step.all_jobs if job.kind_name in ("pointwise", "dense", "pair")]
@@ -74,6 +83,10 @@ def block_sizes(step: InferStep, images: int, item_size: int, tensor_cores: bool
     holds_32 = channels == 256 or (channels == 128 and "pair" not in kinds)
     sums = 32 if tensor_cores and holds_32 else 16
     warps = max(4, positions * channels // (32 * sums))
+    if few_sums and tensor_cores and apart and channels > 32:
+        channels //= 2  # as many warps, or products would be the older tensor cores'
+    elif few_sums and not tensor_cores and len(kinds) + apart > 2:
+        warps = min(2 * warps, 16)
     deepest = max((job["in_channels"] for job in products), default=16)
     # Enough for each thread to read 16 bytes of a chunk at a time.
     depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))

@@ -110,8 +110,7 @@ def test_narrow_rows_are_as_accurate_as_their_type(name, dtype):
 @pytest.mark.usefixtures("one_form_of_each")
 def test_several_tiles_of_positions_output_channels_and_input_channels(monkeypatch):
     small = infer_tiles.Blocks(16, 16, 16, 4, 128, 3)
-    for module in (kernels, infer_bands):
-        monkeypatch.setattr(module, "block_sizes", lambda *_: small)
+    monkeypatch.setattr(infer_bands, "block_sizes", lambda *_: small)
     ops = [inverted_residual(20, 20, 1, 1, 3), shuffle_unit(20, 20, 1, 3, mid=18), identity(20)]
     case = InferCase(ops, (3, 20, 3, 3), (1, (0, 0, 0), (0, 1, 2)))
     case.assert_accurate(case.run())

@@ -134,17 +134,33 @@ def test_a_card_that_is_not_listed_has_its_own_cache(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("channels", [4, 24, 160, 640])
-def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype):
+@pytest.mark.parametrize("few_sums", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype, few_sums, apart):
     layer = parse_layer(layer_text(OPS["s2"](channels)))
     plan = plan_infer(layer, 150, 28, 28, channels)
     for step in plan.steps:
-        blocks = infer_tiles.block_sizes(step, 150, dtype.itemsize, dtype is not torch.float32)
+        given = dtype.itemsize, dtype is not torch.float32, few_sums, apart
+        blocks = infer_tiles.block_sizes(step, 150, *given)
         for size in (blocks.positions, blocks.channels, blocks.depth, blocks.warps):
             assert size == triton.next_power_of_2(size)
         assert min(blocks.positions, blocks.channels, blocks.depth) >= 16
         assert blocks.positions * blocks.channels <= 32 * 32 * blocks.warps
         assert blocks.positions * blocks.depth <= 16 * 32 * blocks.warps
         assert blocks.warps <= 16
+
+
+def test_a_card_that_holds_few_sums_has_fewer_of_them_in_a_thread_where_jobs_are_of_many_kinds():
+    layer = parse_layer(layer_text([shuffle_unit(160, 160, 1, 3), shuffle_xception(160, 160, 1)]))
+    first, *_ = plan_infer(layer, 150, 8, 8, 160).steps
+
+    def sums(tensor_cores, few_sums, apart=False):
+        blocks = infer_tiles.block_sizes(first, 150, 2, tensor_cores, few_sums, apart)
+        return blocks.positions * blocks.channels // (32 * blocks.warps)
+
+    assert sums(False, True) < sums(False, False)
+    assert sums(True, True, apart=True) < sums(True, False, apart=True)
+    assert sums(True, True) == sums(True, False)
 
 
 def test_rows_beyond_the_offsets_are_refused():
