@@ -26,7 +26,7 @@ from fastshift.kernels.infer_jobs import (
     InferStep,
     Job,
 )
-from fastshift.kernels.plan_records import LINE
+from fastshift.kernels.plan_records import LINE, MOST_POSITIONS
 
 __all__ = ["InferPlan", "plan_infer"]
 
@@ -34,7 +34,6 @@ _POINTWISE, _DENSE, _PAIR, _DEPTHWISE, _COPY = range(len(KINDS))
 
 # Of one image: offsets within a tile of positions, whose images are few, are 32 bits wide.
 _MOST_ELEMENTS = 2**28
-_MOST_POSITIONS = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +113,8 @@ def plan_infer(layer: Layer, images: int, height: int, width: int, channels: int
 
 def _check(job: Job, images: int) -> None:
     positions = images * job["out_height"] * job["out_width"]
-    if positions >= _MOST_POSITIONS:
-        raise ValueError(f"rows: {positions} positions; expected under {_MOST_POSITIONS}")
+    if positions >= MOST_POSITIONS:
+        raise ValueError(f"rows: {positions} positions; expected under {MOST_POSITIONS}")
     sizes = (
         job["height"] * job["width"] * job["source_row"],
         job["out_height"] * job["out_width"] * job["target_row"],

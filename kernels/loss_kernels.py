@@ -14,7 +14,7 @@ def _row_logits(
 ):
     """Load `[ROWS, BLOCK_K]` logits as fp32: -inf where there is no class, 0 where no image."""
     classes = k + offs_k
-    rows = offs_n.to(tl.int64)[:, None] * (stride_xn * VEC)
+    rows = offs_n.to(tl.int64)[:, None] * (tl.cast(stride_xn, tl.int64) * VEC)
     offs = rows + classes.to(tl.int64)[None, :] * stride_xk
     mask = mask_n[:, None] & (classes < K)[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=-float("inf")).to(tl.float32)
@@ -48,7 +48,7 @@ def loss_fwd_kernel(
         tl.store(loss_ptr + out, 0.0)
         tl.store(wrong_ptr + out, 0)
         return
-    x_ptr += candidate.to(tl.int64) * (stride_xd * VEC)
+    x_ptr += candidate.to(tl.int64) * (tl.cast(stride_xd, tl.int64) * VEC)
     offs_k = tl.arange(0, BLOCK_K)
     losses = tl.zeros((ROWS,), tl.float32)
     wrongs = tl.zeros((ROWS,), tl.int32)
@@ -131,7 +131,7 @@ def loss_bwd_kernel(
     offs_n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     mask_n = offs_n < num_images
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptr += candidate.to(tl.int64) * (stride_xd * VEC)
+    x_ptr += candidate.to(tl.int64) * (tl.cast(stride_xd, tl.int64) * VEC)
     row = (candidate.to(tl.int64) * num_images + offs_n) * K
     is_leaf = candidate < tl.load(num_leaves_ptr)
     mask_x = mask_n & is_leaf

@@ -26,6 +26,7 @@ from fastshift.kernels.plan_records import (
     FIELDS,
     HEADER,
     LINE,
+    MOST_POSITIONS,
     frame_records,
     passed_row,
     step_records,
@@ -280,7 +281,14 @@ class LayerPlan:
 
 @cache
 def plan_layer(layer: Layer, images: int, height: int, width: int, channels: int) -> LayerPlan:
-    """The plan of a layer for rows `[images, height, width, channels]`, made once."""
+    """The plan of a layer for rows `[images, height, width, channels]`, made once.
+
+    Raises:
+        ValueError: rows have more positions than 32 bits hold.
+    """
+    positions = images * height * width  # no unit has more
+    if positions >= MOST_POSITIONS:
+        raise ValueError(f"rows: {positions} positions; expected under {MOST_POSITIONS}")
     return LayerPlan(layer, images, height, width, channels)
 
 

@@ -16,11 +16,14 @@ __all__ = [
     "FRAME_FIELDS",
     "HEADER",
     "LINE",
+    "MOST_POSITIONS",
     "frame_records",
     "passed_row",
     "step_records",
 ]
 
+# Of a row's images together: kernels count them, and those of the tiles behind, in 32 bits.
+MOST_POSITIONS = 2**30
 LINE = 32  # elements; a hidden unit's rows begin at a multiple of it
 
 # Of the layer, before all records: `raw_lines` and `gradient_lines` are those of a node.
