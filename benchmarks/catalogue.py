@@ -209,6 +209,11 @@ class Case:
     scratch: Callable[[str, Card | None], int] = lambda dtype, card: 0
     by_card: bool = False
 
+    @property
+    def title(self) -> str:
+        """What names it in a record."""
+        return f"{self.name} | {self.site} | {self.dtype}"
+
 
 @dataclass
 class Recording:

@@ -4,12 +4,12 @@
     python benchmarks/gpu_static.py --record                                 and a new record
 
 Every listed kernel is compiled at named shapes of three spaces and its machine code is read: at
-one level of each space for one architecture, at one space's in every type for all three, and at
-further levels, stem and head too, where a kernel has a body that no other has; with `--all`,
-everything everywhere. Launches that a card's figures choose are those of the card that they are
-compiled for. No kernel runs on a GPU: there is no time in here. A floor is what
-the card's published bandwidth and rates allow at best, a bound and not a time. The bytes that
-programs ask for are counted by Triton's interpreter, at the small shape alone.
+levels of each space in every type for all three architectures, at one of larger images for one,
+and at further levels, stem and head too, where a kernel has a body that no other has; with
+`--all`, everything everywhere. Launches that a card's figures choose are those of the card that
+they are compiled for. No kernel runs on a GPU: there is no time in here. A floor is what the card's
+published bandwidth and rates allow at best, a bound and not a time. The bytes that programs ask for
+are counted by Triton's interpreter, at the small shape alone, of inference in either form.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,15 +29,16 @@ from typing import Any
 
 import torch
 import triton
-from catalogue import DTYPES, Case, Launch, Network, Recording, cases, recorded
+from catalogue import DTYPES, Case, Launch, Recording, cases, recorded
 from kernel_sites import SITES, SMALL, Site, network
 from machine_code import compile_launch
 from static_checks import known, regressions, shortfalls
+from static_counts import counting_apart
 from static_tables import tables
 
 from fastshift.kernels.cards import CARDS
 
-__all__ = ["collect", "counted_bytes", "examine", "floor_us", "key_of", "variants"]
+__all__ = ["collect", "examine", "floor_us", "key_of", "variants"]
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
@@ -83,14 +82,14 @@ def collect(
             capabilities = tuple(CARDS) if whole else site.targets[dtype]
             for found in _planned(_with_tf32(cases(place, dtype)), capabilities):
                 seen |= variants(found[1])
-                if re.search(pattern, _name(found[0])):
+                if re.search(pattern, found[0].title):
                     yield found
     for site in () if whole else sites:
         dtype, capabilities = ELSEWHERE
         for found in _planned(cases(network(site), dtype), capabilities, capabilities[:1]):
             if not variants(found[1]) <= seen:
                 seen |= variants(found[1])
-                if re.search(pattern, _name(found[0])):
+                if re.search(pattern, found[0].title):
                     yield found
 
 
@@ -126,10 +125,6 @@ def variants(recording: Recording) -> set[str]:
     return {launch.variant for launch in recording.launches}
 
 
-def _name(case: Case) -> str:
-    return f"{case.name} | {case.site} | {case.dtype}"
-
-
 def examine(
     found: Iterable[tuple[Case, Recording, tuple[int, ...]]],
     say: Callable[[str], Any] = lambda line: None,
@@ -152,8 +147,8 @@ def examine(
             for capability in capabilities:
                 if str(capability) not in codes:
                     codes[str(capability)] = None
-                    _JOBS.append((launch, capability, _name(case)))
-        rows[_name(case)] = _row(case, recording, capabilities)
+                    _JOBS.append((launch, capability, case.title))
+        rows[case.title] = _row(case, recording, capabilities)
     with get_context("fork").Pool(min(PROCESSES, max(len(_JOBS), 1))) as pool:
         done = pool.imap(_compile, range(len(_JOBS)))
         for (launch, capability, name), (row, seconds) in zip(_JOBS, done, strict=True):
@@ -199,47 +194,6 @@ def _row(case: Case, recording: Recording, capabilities: tuple[int, ...]) -> dic
     }
 
 
-def counted_bytes(
-    place: Network, dtypes: Iterable[str], pattern: str = ""
-) -> dict[str, dict[str, int]]:
-    """Run the cases at a small network's shapes under Triton's interpreter and count their bytes.
-
-    Raises:
-        RuntimeError: a kernel leaves its tensors, or the process is not the interpreter's.
-    """
-    from interpreter_memory import watch
-
-    counts = {}
-    for dtype in dtypes:
-        for case in cases(place, dtype):
-            if not re.search(pattern, _name(case)):
-                continue
-            arguments = case.prepare("cpu")
-            with watch() as found:
-                case.launcher(*arguments)
-            if not found.programs:
-                raise RuntimeError(f"{_name(case)}: no program ran under the interpreter")
-            if found.violations:
-                raise RuntimeError(f"{_name(case)}: {found.violations[0]}")
-            counts[_name(case)] = {
-                "loaded_bytes": found.loaded_bytes,
-                "stored_bytes": found.stored_bytes,
-                "read_bytes": case.read_bytes,
-                "written_bytes": case.written_bytes,
-            }
-    return counts
-
-
-def _count_apart(pattern: str, whole: bool) -> dict[str, dict[str, int]]:
-    """`counted_bytes` in a process of its own: the interpreter is chosen at import."""
-    command = [sys.executable, __file__, "--count", "--only", pattern, *["--all"] * whole]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
-    return json.loads(done.stdout)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program; 1 where something is worse than the record, or misses a target anew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -249,27 +203,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write what was found")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
-    parser.add_argument("--count", action="store_true", help="print the interpreter's counts alone")
     options = parser.parse_args(argv)
-    if options.count:
-        place = network(SMALL, whole=options.all)
-        dtypes = DTYPES if options.all else SMALL.targets
-        print(json.dumps(counted_bytes(place, dtypes, options.only)))
-        return 0
     if options.record and (options.only or options.all):
         parser.error("--record: of the quick run, without --only and --all")
     start = time.perf_counter()
-    found = {
-        "note": "compiled, not run: no figure here is a time; floors are bounds",
-        "versions": {"triton": triton.__version__, "torch": torch.__version__},
-        "cards": {str(c): card.name for c, card in CARDS.items()},
-        **examine(
-            collect(SITES, options.only, whole=options.all),
-            lambda line: print(line, file=sys.stderr, flush=True),
-        ),
-        "counted_at": SMALL.name + f", {SMALL.num_images} images",
-        "counted": _count_apart(options.only, options.all),
-    }
+    with counting_apart(options.only, options.all) as counts:
+        found = {
+            "note": "compiled, not run: no figure here is a time; floors are bounds",
+            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+            "cards": {str(c): card.name for c, card in CARDS.items()},
+            **examine(
+                collect(SITES, options.only, whole=options.all),
+                lambda line: print(line, file=sys.stderr, flush=True),
+            ),
+            "counted_at": SMALL.name + f", {SMALL.num_images} images",
+            "counted": counts(),
+        }
     print("\n".join(tables(found)))
     seconds = time.perf_counter() - start
     print(f"\n{len(found['kernels'])} kernels of {len(found['cases'])} cases in {seconds:.0f} s")

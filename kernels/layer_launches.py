@@ -94,7 +94,7 @@ def _options(plan: LayerPlan, step: Step, dtype: torch.dtype, precision: str) ->
         "SPLITS": step.splits,
         "CONTINUES": step.continues,
         "ALIGN": plan.align,
-        "PRECISION": precision,
+        "PRECISION": "ieee" if step.depthwise else precision,  # of no product: one machine code
         "UPCAST": _is_interpreted() and dtype is torch.bfloat16,
     }
 

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from catalogue import DTYPES, Case, Inputs, Network, cases, record, recorded
-from gpu_static import counted_bytes
 from interpreter_memory import watch
 from kernel_sites import SITES, SMALL, network
 from machine_code import compile_launch, occupancy, read_code
+from static_counts import FORMS, counted_bytes
 
 from fastshift.ops import chain_params
 from fastshift.spaces import build
@@ -26,6 +26,7 @@ from fastshift.static_levels import levels_of
 from fastshift.supernet import Supernet
 
 ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "records" / "gpu_static.json"
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
 
 
@@ -265,6 +266,19 @@ def test_a_kernel_may_reach_the_tensors_in_its_table_of_addresses_alone():
         follow_kernel[(1,)](table, y, 1)
     assert len(found.violations) == 1
     assert y.item() == 0
+
+
+def test_bytes_of_inference_are_counted_in_each_form():
+    kernels = {"in bands": "infer_bands_kernel", "by stages": "infer_step_kernel"}
+    for dtype in SMALL.targets:
+        for case in cases(network(SMALL, whole=False), dtype):
+            for form, card in FORMS.items() if case.by_card else ():
+                launches = recorded(case, card).launches
+                assert {launch.name for launch in launches} == {kernels[form]}
+    found = json.loads(RECORD.read_text())["counted"]
+    assert {name.split(" | ")[2] for name in found} == {"bf16", "fp32"}
+    for form in FORMS:
+        assert f"layer_infer {form} | digits 8 block 3 | fp32" in found
 
 
 @interpreted
