@@ -81,7 +81,8 @@ def collect(
         for dtype in DTYPES if whole else site.targets:
             capabilities = tuple(CARDS) if whole else site.targets[dtype]
             for found in _planned(_with_tf32(cases(place, dtype)), capabilities):
-                seen |= variants(found[1])
+                if found[0].dtype == ELSEWHERE[0]:
+                    seen |= variants(found[1])
                 if re.search(pattern, found[0].title):
                     yield found
     for site in () if whole else sites:

@@ -75,14 +75,16 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         **common,
     )
 
+    needs_rows = level.name != "stem"  # images have no gradient
+
     def after(device: str) -> tuple:
         make = Inputs(device, 1)
         given = _given(level, dtype, device)
         y, *kept = train(*given, plan, True)
-        d_rows = torch.empty_like(given[0])
+        d_rows = torch.empty_like(given[0]) if needs_rows else given[0].new_empty(0)
         sums = [torch.zeros_like(parameter) for parameter in given[3]]
         d_y = make.normal(*y.shape, dtype=y.dtype)
-        return d_y, *given, *kept, plan, True, d_rows, sums
+        return d_y, *given, *kept, plan, needs_rows, d_rows, sums
 
     yield Case(
         "layer_backward",
@@ -92,7 +94,7 @@ def _cases(site: str, level: Level, dtype: str) -> Iterator[Case]:
         _backward_into,
         flops=2 * flops,
         read_bytes=out + rows + 2 * parameters + statistics + size * own,
-        written_bytes=rows + parameters,
+        written_bytes=rows * needs_rows + parameters,
         launches=convolutions + 2,
         made_bytes=size * passing,
         least_made_bytes=0,

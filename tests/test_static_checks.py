@@ -363,7 +363,8 @@ def test_a_worse_column_of_the_committed_record_is_named_in_each_case(alter, is_
 
 def test_every_body_of_a_kernel_that_some_level_runs_stands_in_the_record():
     found = json.loads(RECORD.read_text())
-    seen = {variant for case in found["cases"].values() for variant in case["variants"]}
+    own = [case for name, case in found["cases"].items() if name.endswith("bf16")]
+    seen = {variant for case in own for variant in case["variants"]}
     for site in SITES:
         for case in cases(network(site), "bf16"):
             for card in CARDS.values() if case.by_card else (None,):
