@@ -87,7 +87,7 @@ format: $(VENV)/.made-lint
 gpu-static: $(VENV)/.made-test
 	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python benchmarks/gpu_static.py $(ARGS)
 
-# The GPU's speed, in ten minutes: checked, timed beside two baselines, kept in benchmarks/records.
+# The GPU's speed, with a budget of ten minutes: checked, timed beside two baselines, kept in benchmarks/records.
 # Without a CUDA device it names what is not measured.
 bench-gpu: $(VENV)/.made-test
 	TRITON_CACHE_DIR=$(CURDIR)/build/triton $(BIN)/python benchmarks/gpu.py $(ARGS)
