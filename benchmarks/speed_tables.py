@@ -313,7 +313,7 @@ def short(record: dict[str, Any]) -> str:
         f"On another machine, {machine['device']} with AMX, where the kernels run as "
         f"`{machine['instruction_set']}`, on one thread: {told}. What was asked is met there by "
         f"{met} of {len(asked)} figures; "
-        "[the table](benchmarks/README.md#cpu-speed-on-a-machine-with-amx)."
+        "[the table](benchmarks/README.md)."
     )
 
 
@@ -359,7 +359,8 @@ def summary(record: dict[str, Any]) -> str:
     text += _table(head, lines)
     if missing:
         text += f"\nNot measured: {', '.join(missing)}.\n"
-    text += f"\n{UNMEASURED}\n"
+    if not all(record["machine"]["bf16_units"].values()):  # of the first machine's record
+        text += f"\n{UNMEASURED}\n"
     levers = _lever_table(rows)
     if levers:
         text += (
