@@ -120,6 +120,10 @@ def export(
                 f"architecture {arch}: logits of the {format} file differ by {parity:.3g} of the "
                 f"largest logit; expected at most {_TOLERANCE[format]:g}; no file was written"
             )
+        # safetensors writes for its user alone: whoever may read other new files may read this one.
+        like = draft.with_name("mode")
+        like.touch()
+        os.chmod(draft, like.stat().st_mode & 0o777)
         os.replace(draft, target)
     return Exported(target, format, parity, target.stat().st_size)
 

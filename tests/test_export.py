@@ -105,6 +105,14 @@ def test_a_file_carries_the_architecture_and_the_callers_facts(
     assert facts["mean"] == [0.5, 0.25, 0.125]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_may_be_read_by_whoever_may_read_other_new_files(
+    files: dict[str, Path], format: str, tmp_path: Path
+) -> None:
+    (tmp_path / "new").touch()
+    assert files[format].stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_torch_file_runs_where_fastshift_cannot_be_imported(
     net: nn.Module, files: dict[str, Path]
 ) -> None:
