@@ -229,14 +229,14 @@ def _head(run: Run, title: str) -> str:
         ("multiply-adds an image", short_count(best["flops"]), shares["flops"]),
         ("parameters", short_count(best["params"]), shares["params"]),
         (
-            "found in generation",
+            "its score is of generation",
             str(best["generation"]),
             f"scored under weights' version {best['weights_version']:,}",
         ),
         (
             "searched",
             f"{sum(run.num_candidates):,}",
-            f"candidates in a space of {_size_words(result['space']['size'])}",
+            f"candidates, each time anew, in a space of {_size_words(result['space']['size'])}",
         ),
         ("wall time of the search", short_time(result["seconds"]), _rate_words(result)),
     ]
