@@ -30,7 +30,7 @@ ABSOLUTE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 NEARLY_ZERO = {torch.float32: 1e-4, torch.bfloat16: 1.0}
 # Of so few values a channel, some of which hardly vary, several draws count together. So of a mean
 # that is zero by symmetry, where one rounding stands beside another.
-FEW, DRAWS, DRAWS_OF_ZERO = 16, 4, 24
+FEW, DRAWS, DRAWS_OF_ZERO = 16, 4, 40
 
 
 def op_of(units, frame, stride=1, shortcut=()):
