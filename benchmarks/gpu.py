@@ -34,6 +34,7 @@ from gpu_ceilings import measure
 from gpu_items import GATE, PARTS, Bench, Item
 from gpu_report import DRY_RUN, environment, not_measured, tables, write
 from gpu_timing import Clock, OutOfTimeError
+from interpreter_scalars import take_scalars
 from triton.errors import TritonError
 
 from fastshift.backends import is_interpreted
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     bench = Bench(device, Clock(60 * options.minutes), options.tiny)
     dry_run = DRY_RUN if options.tiny else None
     if dry_run:
+        take_scalars()
         print(dry_run)
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # the baselines' convolutions at their fastest

@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from interpreter_scalars import take_scalars
 from torch import Tensor
 from torch.nn import Parameter
 from triton.runtime import interpreter
@@ -144,6 +145,7 @@ def watch() -> Iterator[Accesses]:
     Yields:
         What was found, complete at the end.
     """
+    take_scalars()
     builder = interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas, program = builder.create_atomic_rmw, builder.create_atomic_cas, builder.set_grid_idx

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -307,11 +308,17 @@ def _write_torch(
     program = _program(net, example)
     program.example_inputs = None  # they would be the only pickle in the file
     torch.export.save(program, path, extra_files={"metadata.json": facts})
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():
+        # PyTorch 2.11 and older say it of the file's bytes, which nothing writes to.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        return torch.export.load(path).module()
 
 
 def _torch_metadata(path: Path) -> str | None:
     with zipfile.ZipFile(path) as archive:
+        # An archive may hold others; cut short it ends in one of theirs, which does not begin it.
+        if min((entry.header_offset for entry in archive.infolist()), default=0):
+            raise zipfile.BadZipFile("its end is missing")
         names = [name for name in archive.namelist() if name.endswith("/extra/metadata.json")]
         return archive.read(names[0]).decode() if names else None
 
@@ -344,9 +351,12 @@ def _write_onnx(
     onnx, onnxruntime = _import_onnx()
     program = _program(net, example)
     try:
-        exported = torch.onnx.export(
-            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-        )
+        with warnings.catch_warnings():
+            # What PyTorch says here is of its own parts; the file is compared with the network.
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(
+                program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            )
     except RuntimeError as error:
         raise CheckpointError(
             f"torch.onnx cannot convert the network: {_first_line(error)}"

@@ -40,6 +40,9 @@ def _quick_interpreter(monkeypatch):
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None or os.environ.get("TRITON_INTERPRET") != "1":
         return
+    from interpreter_scalars import take_scalars
+
+    take_scalars()
     call, core = interpreter.InterpretedFunction.__call__, interpreter.tl.core
 
     def call_inside(function, *arguments, **options):

@@ -44,7 +44,7 @@ def test_an_old_triton_is_named_with_what_is_expected(found, lacking, monkeypatc
 
 
 def test_a_device_that_is_too_old_is_named_and_the_reference_runs_there(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = {None: (8, 0), torch.device("cuda:0"): (7, 5), torch.device("cuda:1"): (10, 3)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

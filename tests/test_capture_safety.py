@@ -30,7 +30,7 @@ from fastshift.testing import random_archs, randomise, tiny_space
 from fastshift.training_pass import TrainingPass
 from fastshift.trie import Plan
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 IMAGES = 6
 # Reading a value back, and shapes that depend on values.

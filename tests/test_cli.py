@@ -508,6 +508,10 @@ def test_info_says_how_a_batch_goes_through_a_population(capsys, monkeypatch):
 
 def test_info_says_where_training_batches_are_augmented(capsys, monkeypatch):
     assert "  cpu            on the host; of dali:DIR by DALI\n" in _info(capsys, monkeypatch).out
+
+
+def test_info_says_that_a_gpu_augments_what_it_can_hold(capsys, monkeypatch):
+    pytest.importorskip("triton", minversion="3.6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     shown = _info(capsys, monkeypatch, cuda=True).out
     assert "  cuda           on the GPU, of images in memory up to 1 GiB; of others" in shown
@@ -516,7 +520,7 @@ def test_info_says_where_training_batches_are_augmented(capsys, monkeypatch):
 
 
 def test_info_says_that_a_device_is_too_old_for_the_kernels(capsys, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     lacking = "a card has compute capability 7.5; expected 8.0 or newer"
     shown = _info(capsys, monkeypatch, cuda=True, capability=(7, 5)).out

@@ -44,7 +44,7 @@ def _both_streams(device, **options):
     "options", [{}, {"flip": False}, {"augment": False}, {"channels": 1, "flip": True}]
 )
 def test_batches_of_images_on_a_device_are_those_of_the_host(options):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     plain, there = _both_streams(torch.device("cpu"), **options)
     assert there.describe() == plain.describe()
     for key in ((0,), (20, 5), (3, 64, "shift"), (0,)):
@@ -76,7 +76,7 @@ def test_batches_of_images_on_a_gpu_are_those_of_the_host_but_for_a_rounding():
 
 
 def test_a_gpu_holds_the_training_part_where_it_fits(gpus, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     given = pictures()
 
     def made(**options):
@@ -89,7 +89,7 @@ def test_a_gpu_holds_the_training_part_where_it_fits(gpus, monkeypatch):
 
 
 def test_the_device_of_images_in_memory_is_chosen_as_everywhere(gpus, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     given = pictures()
 
     def train(**options):
@@ -116,7 +116,7 @@ def test_the_device_of_images_in_memory_is_chosen_as_everywhere(gpus, monkeypatc
 
 
 def test_training_batches_say_where_they_are_augmented_and_why_not_on_the_gpu(gpus, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     given = pictures(60, 8, 3)
 
     def said(**options):

@@ -268,7 +268,7 @@ def test_batches_are_read_once_for_a_device_of_their_own(monkeypatch):
 
 
 def test_a_batch_is_read_once_for_the_size_of_the_images(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     monkeypatch.setenv("FASTSHIFT_STEPS", "static")
     _Counted.reads = 0
     net = tiny_supernet()

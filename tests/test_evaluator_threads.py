@@ -67,7 +67,7 @@ def _evaluator(net, policy="recalibrate", **options):
 @pytest.mark.parametrize("kind", ["modules", "compiled", "static"])
 def test_two_evaluators_of_one_supernet_give_the_scores_of_each_alone(kind, policy, monkeypatch):
     if kind == "static":
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", minversion="3.6")
         monkeypatch.setenv("FASTSHIFT_STEPS", "static")
     net = (chain_supernet if kind == "modules" else tiny_supernet)().train()
     archs = [random_archs(net.space, 6, seed) for seed in range(2)]

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.6")
+
 import gpu
 import gpu_gate
 import gpu_kernels
 import gpu_networks
-import numpy as np
-import pytest
-import torch
 from catalogue import cases
 from gpu_ceilings import CEILINGS, share
 from gpu_items import Bench, Item

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+pytest.importorskip("triton", minversion="3.6")
+
 import triton
 import triton.language as tl
 from catalogue import DTYPES, Case, Inputs, Network, cases, record, recorded

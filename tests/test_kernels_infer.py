@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from block_cases import Poisoned
 from infer_cases import FORMS, KERNELS, OPS, SHAPES, InferCase, take

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from block_cases import Poisoned, geometric_mean, seeded
 from kernel_cases import DEVICE, NAMES, SHAPES, TrainingCase, buffer, interpreted, noting

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from block_cases import seeded
 from kernel_cases import DEVICE, DTYPES, assert_near, same_bits

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from block_cases import seeded
 from infer_cases import FORMS, InferCase, take

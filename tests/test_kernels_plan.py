@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from block_cases import op_of
 from kernel_cases import OPS, TrainingCase, layer_text

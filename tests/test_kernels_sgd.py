@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from block_cases import seeded
 from kernel_cases import DEVICE, DTYPES, assert_near, same_bits

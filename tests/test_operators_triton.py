@@ -9,7 +9,7 @@ from fastshift import _operators_triton
 from fastshift.ops import projection
 from fastshift.population_layer import LayerOp, LayerUnit, describe_layer, describe_op, parse_layer
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 
 def _layer():

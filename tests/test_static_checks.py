@@ -11,6 +11,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("triton", minversion="3.6")
+
 from catalogue import DTYPES, cases, recorded
 from gpu_static import collect, variants
 from kernel_sites import SITES, network

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-pytest.importorskip("triton")  # the loss and the update have their definition beside their kernel
+# The loss and the update have their definition beside their kernel.
+pytest.importorskip("triton", minversion="3.6")
 
 import torch
 from catalogue import record

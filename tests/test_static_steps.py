@@ -31,7 +31,8 @@ from fastshift.testing import (
 from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
 
-pytest.importorskip("triton")  # the loss and the update have their definition beside their kernel
+# The loss and the update have their definition beside their kernel.
+pytest.importorskip("triton", minversion="3.6")
 
 
 @pytest.fixture
