@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__" and "--tiny" in sys.argv:
@@ -37,7 +38,7 @@ from gpu_timing import Clock, OutOfTimeError
 from interpreter_scalars import take_scalars
 from triton.errors import TritonError
 
-from fastshift.backends import is_interpreted
+from fastshift.backends import is_interpreted, why_no_triton
 from fastshift.errors import CaptureError
 
 __all__ = ["items", "main"]
@@ -94,7 +95,8 @@ def _run(wanted: list[Item], bench: Bench) -> tuple[list[dict], list[str]]:
                     bench.leave(other, f"{item.name} failed before it")
                 return rows, wrong
             finally:
-                _release(bench.device)
+                with suppress(RuntimeError):  # the allocator's, after a capture that was broken off
+                    _release(bench.device)
             rows += found
             seconds = time.perf_counter() - begin
             print(f"{item.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -143,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # the baselines' convolutions at their fastest
     try:
+        if device.type == "cuda" and (lacking := why_no_triton(device)):
+            raise gpu_gate.RedGateError(lacking)
         return _measure(bench, wanted, dry_run, options.json)
     except gpu_gate.RedGateError as error:
         print(f"REFUSED, nothing was timed: {error}")

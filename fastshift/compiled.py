@@ -24,6 +24,7 @@ from fastshift.trie import Plan
 __all__ = ["CompiledSupernet"]
 
 MOST_SHAPES = 64  # compilations of one function; torch's own limit is 8
+CAPTURING = ("reduce-overhead", "max-autotune")  # modes of torch.compile with graphs of its own
 POLICIES = ("batch", "running", "ema")
 
 
@@ -69,6 +70,7 @@ class CompiledSupernet:
         if batch_norm not in POLICIES:
             raise ValueError(f"batch_norm: {batch_norm!r}; expected one of {', '.join(POLICIES)}")
         self.supernet, self.batch_norm, self.subtrie_size = supernet, batch_norm, subtrie_size
+        self._mode = mode
         self.shapes: set[tuple[int, int, bool]] = set()
         self._texts: list[str] = []  # of the levels; what the function is compiled for
         self._compiled = torch.compile(
@@ -88,11 +90,18 @@ class CompiledSupernet:
         Raises:
             ArchError: a row is not in the space.
             SpaceError: the head draws random numbers: dropout, in training mode.
-            ValueError: no architectures, or `ema` before any shift step.
+            ValueError: no architectures, `ema` before any shift step, or a mode of `torch.compile`
+                that captures graphs, on a GPU: `fs.Evaluator` has its own.
         """
         import torch._dynamo
 
         rows = self.supernet.space.as_archs(archs)
+        device = next(self.supernet.parameters()).device
+        if device.type == "cuda" and self._mode in CAPTURING:
+            raise ValueError(
+                f"mode: {self._mode!r} captures graphs, whose memory the kernels' tables may not "
+                "share; expected None or 'max-autotune-no-cudagraphs' on a GPU"
+            )
         if self.batch_norm == "ema" and not self.supernet.ema:
             raise ValueError("batch_norm: 'ema' has no statistics before the first shift step")
         reference = next(self.supernet.parameters())

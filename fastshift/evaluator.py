@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +30,10 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def precision_scope(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast scope of a precision: none for `fp32`, bfloat16 for `bf16`."""
+    """The autocast scope of a precision, whatever the caller's: off for `fp32`, else bfloat16."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def uploaded(batches: Batches, device: torch.device, limit: int = KEPT_BYTES) -> Batches:

@@ -105,7 +105,11 @@ class CapturedStep:
             with torch.cuda.stream(stream):
                 self.function()
             torch.cuda.synchronize()
+            # A product's workspace of the first run lasts until someone clears it. The graph is to
+            # take one of its own, which no later graph then takes for its.
+            _clear_workspaces()
             self._graph = _record(self.function, stream, self.pool and self.pool.handle)
+            _clear_workspaces()
         CAPTURES.count += 1
         CAPTURES.seconds += time.perf_counter() - begin
         return self
@@ -160,14 +164,22 @@ def _record(
     return graph
 
 
+def _clear_workspaces() -> None:
+    """Have cuBLAS take new memory at its next products; PyTorch has no public name for it."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 def _refused(function: Function, error: Exception) -> CaptureError:
     return CaptureError(f"{_name(function)}: cannot be captured: {error}")
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: cuBLAS keeps memory of its own for each that it has seen."""
-    return torch.cuda.Stream(device)
+    """The stream of all captures, in which no other work may stand while one is recorded.
+
+    PyTorch gives out 32 streams of each priority in turn, so copies may not be of the same.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _name(function: Function) -> str:

@@ -254,9 +254,11 @@ def in_plain_memory(parameters: Sequence[Tensor]) -> None:
 
     So are those that begin where no wide access may, as views of a flat buffer do. A captured step
     reads them where they are, and the kernels would copy them at each call; values and the
-    parameters themselves stay the same.
+    parameters themselves stay the same. Strides count, also of dimensions of one value, by which
+    `is_contiguous` does not go: gradients and momenta have the plain ones.
     """
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for parameter in parameters:
-            if not parameter.is_contiguous() or parameter.data_ptr() % ALIGNMENT:
+            plain = torch.empty(parameter.shape, device="meta").stride()
+            if parameter.stride() != plain or parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

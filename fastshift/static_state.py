@@ -65,8 +65,8 @@ class StaticState:
             self._neutral = self._on_device(torch.from_numpy(self.packing.empty()).view(-1))
             self.current = self._neutral.clone()
             self._allocate()
-        self.arena = Arena(self.device)
-        self.pool = shared_pool(self.device)
+            self.arena = Arena(self.device)
+            self.pool = shared_pool(self.device)
 
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from weakref import WeakKeyDictionary
 
@@ -113,6 +114,8 @@ def static_supernet(
         return None, "modules: FASTSHIFT_BACKEND=reference"
     rows = torch.bfloat16 if precision == "bf16" else dtype
     image_size = tuple(sample().shape[1:])
+    if len(image_size) != 3:
+        return None, f"modules: rows of {1 + len(image_size)} dimensions; kernels take images"
     found, how = _STATICS.get(supernet), "captured" if device.type == "cuda" else "static"
     if found is not None and found.serves(supernet, image_size, plan, rows):
         return found, how
@@ -243,7 +246,7 @@ class StaticSupernet:
         """
         state, images, calibrated = self.state, 0, 0
         by_choice = policy in ("running", "ema")
-        with torch.inference_mode(False), torch.no_grad():
+        with _settled(state.device):
             for given in (batches, calibration):
                 if isinstance(given, list | tuple):
                     found = (len(x) for x, _ in given)
@@ -286,7 +289,7 @@ class StaticTrainer:
         ema: the moving averages that move, by name; None for the batch norms' own.
 
     Raises:
-        UnsupportedError: a parameter belongs to no level.
+        UnsupportedError: a parameter belongs to no level, or has a hook.
     """
 
     def __init__(
@@ -318,6 +321,7 @@ class StaticTrainer:
             static is self.static
             and (clip_norm, label_smoothing) == (self.clip_norm, self.label_smoothing)
             and self.update_of.moves(ema)
+            and not self.update_of.has_hooks()
         )
 
     def update(
@@ -347,7 +351,7 @@ class StaticTrainer:
             CaptureError: a step cannot be captured.
             DataError: a batch norm would meet one value a channel.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with _settled(self.static.state.device):
             found = self._training_pass(len(images), self._dropout.p)
             found.prepare()
             if self._tables is None or self._tables[0] is not plan:
@@ -371,6 +375,16 @@ class StaticTrainer:
             )
 
         return self._passes.of((images, dropout), make)
+
+
+@contextmanager
+def _settled(device: torch.device):
+    """Leave the caller's modes outside: a step holds for all callers, and its types are fixed.
+
+    Autocast would hand a capture its own copies of weights, which end with it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _saved_of(state: StaticState, images: int) -> list[int]:

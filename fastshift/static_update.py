@@ -42,7 +42,7 @@ class StaticUpdate:
         scale: factor of every candidate's loss, `[1]` float64.
 
     Raises:
-        UnsupportedError: a parameter belongs to no level.
+        UnsupportedError: a parameter belongs to no level, or has a hook.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class StaticUpdate:
         groups = optimizer.param_groups
         self.parameters = [p for group in groups for p in group["params"]]
         self.nesterov = any(group["nesterov"] for group in groups)
+        if self.has_hooks():
+            raise UnsupportedError("a parameter has a hook, which expects its gradient")
         self._pairs = self._pair_of_each(supernet)
         with torch.inference_mode(False), torch.no_grad():
             self._allocate([i for i, group in enumerate(groups) for _ in group["params"]])
@@ -149,6 +151,10 @@ class StaticUpdate:
                 if ema is None:
                     tracked.append(norm.module._buffers["num_batches_tracked"])
         return targets, tracked
+
+    def has_hooks(self) -> bool:
+        """Whether something hangs on a parameter that expects its gradient from autograd."""
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
 
     def moves(self, ema: Mapping[str, Tensor] | None) -> bool:
         """Whether these are the moving averages that a captured step moves."""

@@ -189,8 +189,10 @@ def test_a_chain_is_pre_trained_and_searched_like_any_supernet(data, tmp_path):
     assert (tmp_path / "supernet.safetensors").exists()
 
 
-def test_one_dimensional_data_can_be_searched_too():
+@pytest.mark.parametrize("steps", ["modules", "static"])
+def test_one_dimensional_data_can_be_searched_too(steps, monkeypatch):
     """Nothing in a plan knows about images: rows of any shape do."""
+    monkeypatch.setenv("FASTSHIFT_STEPS", steps)
     blocks = [[nn.Identity(), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]] * 1
     blocks += [[nn.Linear(8, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))]]
     net = randomise(ChainSupernet(nn.Linear(5, 8), blocks, nn.Linear(8, 3)))

@@ -102,6 +102,23 @@ def test_a_search_leaves_the_files_that_the_interface_names(run):
     assert {"arch", "error", "loss", "generation", "weights_version"} <= scores[0].keys()
 
 
+@pytest.mark.parametrize("layout", ["auto", "nchw"])
+def test_each_stage_runs_over_the_buffers_of_captured_steps(space, layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_STEPS", "static")
+    here = lambda name: f"--out={tmp_path / name}"  # noqa: E731
+    given = [space, *IMAGES, f"--layout={layout}"]
+    assert main(["pretrain", *given, here("net"), "--steps=2", "--batch-size=8"]) == 0
+    trained = [*given, *SEARCH, f"--supernet={tmp_path / 'net'}"]
+    assert main(["search", *trained, "--retrain-check=1", "--retrain-epochs=1", here("run")]) == 0
+    assert main(["search", *trained, "--shift=immediate", here("immediate")]) == 0
+    assert main(["transfer", *trained, "--head-warmup-steps=2", here("transferred")]) == 0
+    for name in ("run", "immediate", "transferred"):
+        computed = result_of(tmp_path / name)["computed"]
+        assert (computed["score"], computed["train"]) == (["static"], ["static"])
+    one = [*given, f"--supernet={tmp_path / 'run'}", "--arch=best"]
+    assert main(["retrain", *one, "--epochs=1", here("retrained")]) == 0
+
+
 def test_the_winner_and_random_architectures_are_retrained_and_compared(run):
     rows = result_of(run)["retrained"]
     assert [row["kind"] for row in rows] == ["winner", "random", "random"]

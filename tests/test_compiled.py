@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -208,6 +210,13 @@ def test_what_cannot_be_one_function_is_refused():
         fs.CompiledSupernet(_supernet(), batch_norm="recalibrate")
     with pytest.raises(ValueError, match="before the first shift step"):
         fs.CompiledSupernet(_supernet(), batch_norm="ema")(IMAGES, ["00"])
+    on_a_gpu = fs.CompiledSupernet(_supernet(), mode="reduce-overhead")
+    on_a_gpu.supernet = SimpleNamespace(
+        space=_supernet().space,
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]),
+    )
+    with pytest.raises(ValueError, match="'reduce-overhead' captures graphs"):
+        on_a_gpu(IMAGES, ["00"])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastshift as fs
+from fastshift.backends import why_no_triton
 from fastshift.batch_norm import start_ema
 from fastshift.evaluator import uploaded
 from fastshift.graphs import CAPTURES, CapturedStep
@@ -36,6 +37,10 @@ from fastshift.trie import Plan
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and why_no_triton() is not None,
+        reason=f"steps are not captured: {why_no_triton()}",
+    ),
 ]
 
 DATA = synthetic_data()

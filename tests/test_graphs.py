@@ -8,6 +8,7 @@ from weakref import WeakSet
 import pytest
 import torch
 
+from fastshift import graphs
 from fastshift.errors import CaptureError
 from fastshift.graphs import CAPTURES, CapturedStep, GraphPool, _side_stream, shared_pool
 
@@ -67,8 +68,8 @@ class Notes:
                 notes.calls.append("replay")
 
         class Stream:
-            def __init__(self, device=None):
-                pass
+            def __init__(self, device=None, priority=0):
+                self.priority = priority
 
             def wait_stream(self, other):
                 notes.calls.append("wait")
@@ -103,6 +104,7 @@ def notes(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *given, **options: zeros(*given))
     monkeypatch.setattr(torch, "cuda", found)
+    monkeypatch.setattr(graphs, "_clear_workspaces", lambda: found.calls.append("clear"))
     _side_stream.cache_clear()
     yield found
     _side_stream.cache_clear()
@@ -118,12 +120,16 @@ def test_a_step_is_warmed_up_aside_recorded_once_and_then_replayed(notes):
     step.replay()
     step.replay()
     assert notes.calls == [
-        *("wait", "on side stream", "function", "back", "synchronize"),
-        *("on side stream", "begin (0, 7) thread_local", "function", "end", "back"),
+        *("wait", "on side stream", "function", "back", "synchronize", "clear"),
+        *("on side stream", "begin (0, 7) thread_local", "function", "end", "back", "clear"),
         *("replay", "replay"),
     ]
     assert step.is_captured
     assert CAPTURES.count == captured + 1
+
+
+def test_captures_have_a_stream_that_copies_are_never_given(notes):
+    assert _side_stream(torch.device("cuda")).priority != notes.Stream().priority
 
 
 def test_a_pool_outlives_the_steps_that_used_it(notes):

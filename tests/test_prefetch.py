@@ -404,6 +404,7 @@ def test_a_run_that_ends_with_an_error_leaves_no_thread(kind, error):
 
 
 def test_scoring_data_too_large_to_keep_is_copied_a_batch_ahead(everywhere, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_STEPS", "modules")  # others read a batch for its size
     data, net = synthetic_data(), micro_supernet()
     archs = random_archs(net.space, 5)
     plain = Evaluator(net, data.validation, calibration=data.calibration)

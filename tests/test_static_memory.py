@@ -22,9 +22,11 @@ from fastshift.kernels.cards import card_of
 from fastshift.kernels.infer_bands import CACHE_SHARE
 from fastshift.population_pass import PopulationPass, StepCache
 from fastshift.row_buffers import Arena
+from fastshift.spaces import build
 from fastshift.static_levels import buckets
 from fastshift.static_state import StaticState
 from fastshift.static_supernet import static_supernet
+from fastshift.supernet import Supernet
 from fastshift.testing import changed_tensors, random_archs, synthetic_data, tiny_supernet
 from fastshift.trainer import PathTrainer
 from fastshift.trie import Plan
@@ -288,6 +290,51 @@ def test_a_dense_kernel_in_channels_last_memory_is_moved_into_the_plain_order(st
     assert all(p.is_contiguous() for p in net.parameters())
     assert changed_tensors(before, net.state_dict()) == set()
     assert isinstance(net.stem._modules["0"].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("space", ["tiny", "digits"])
+def test_a_supernet_in_channels_last_memory_is_updated_as_one_in_plain_memory(space, static):
+    def updated(memory_format):
+        net = tiny_supernet() if space == "tiny" else Supernet(build("digits"))
+        trainer = PathTrainer(net.to(memory_format=memory_format), lr=0.1)
+        images = torch.randn(4, *((3, 8, 8) if space == "tiny" else (1, 8, 8)))
+        trainer.update(Plan(random_archs(net.space, 3)), images, torch.arange(4), position=0)
+        assert trainer.computed == "static"
+        return net.state_dict()
+
+    torch.manual_seed(0)
+    plain = updated(torch.contiguous_format)
+    torch.manual_seed(0)
+    assert changed_tensors(plain, updated(torch.channels_last)) == set()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_supernet_that_was_scored_in_inference_mode_can_be_trained(memory_format, static):
+    net = tiny_supernet().to(memory_format=memory_format)
+    with torch.inference_mode():
+        assert evaluator_of(net).evaluate(random_archs(net.space, 3)).computed == "static"
+    assert not any(p.is_inference() for p in net.parameters())
+    PathTrainer(net, lr=0.1).update(
+        Plan(random_archs(net.space, 3)), *DATA.train.batch(0, 4), position=0
+    )
+    net(DATA.train.batch(0, 4)[0], random_archs(net.space, 1)[0]).sum().backward()
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_parameter_has_updates_run_by_modules(hook, static):
+    net = tiny_supernet()
+    trainer = PathTrainer(net, lr=0.1)
+    plan, batch = Plan(random_archs(net.space, 2)), DATA.train.batch(0, 4)
+    trainer.update(plan, *batch, position=0)
+    assert trainer.computed == "static"
+    called = []
+    handle = getattr(net.head.classifier.weight, hook)(lambda given: called.append(1))
+    trainer.update(plan, *batch, position=1)
+    assert trainer.computed == "modules: a parameter has a hook, which expects its gradient"
+    assert called
+    handle.remove()
+    trainer.update(plan, *batch, position=2)
+    assert trainer.computed == "static"
 
 
 def test_a_weight_that_begins_off_a_wide_access_is_moved_once(static):

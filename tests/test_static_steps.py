@@ -139,6 +139,25 @@ def test_a_loss_that_is_not_finite_is_nan(static):
     assert np.isnan(found.losses).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("steps", ["static", "modules"])
+def test_a_callers_autocast_changes_nothing(steps, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_STEPS", steps)
+    net = tiny_supernet()
+    archs = random_archs(net.space, 5)
+
+    def everything():
+        trained = copy.deepcopy(net)
+        loss = PathTrainer(trained, lr=0.1).update(Plan(archs), *DATA.train.batch(0, 8), position=0)
+        return evaluator_of(net).evaluate(archs).losses, loss, trained.state_dict()
+
+    plain = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything()
+    assert np.array_equal(found[0], plain[0])
+    assert found[1] == plain[1]
+    assert changed_tensors(plain[2], found[2]) == set()
+
+
 # Updates
 
 
