@@ -24,11 +24,11 @@ _DEFINED += ("store_width", "narrow", "no_rows", "dot", "intensity", "floor_us")
 def shortfalls(record: Record) -> list[str]:
     """Return a line for each target that a record misses.
 
-    Targets: no spills; loads and stores as wide as the shape admits, up to 128 bits; tensor cores
-    in every matrix product of fp16, bf16 and TF32; launches within the budget; no more memory made
-    than the algorithm needs, a hundredth of what is moved and a page for partial results, and a
-    scratch of at most `CACHE_SHARE` of its card's cache; no value of 16 bits loaded alone by a
-    layer whose rows begin at a multiple of 128.
+    Targets: a program fits its card; no spills; loads and stores as wide as the shape admits, up to
+    128 bits; tensor cores in every matrix product of fp16, bf16 and TF32; launches within the
+    budget; no more memory made than the algorithm needs, a hundredth of what is moved and a page
+    for partial results, and a scratch of at most `CACHE_SHARE` of its card's cache; no value of 16
+    bits loaded alone by a layer whose rows begin at a multiple of 128.
 
     Args:
         record: of `gpu_static`.
@@ -79,6 +79,9 @@ def _shortfalls(record: Record, name: str) -> Iterator[str]:
             where = f"{name}: {key} for sm_{capability}"
             if code["spills"] or code["stack_bytes"]:
                 yield f"{where}: {code['spills']} spills, {code['stack_bytes']} bytes of stack"
+            if not code["occupancy"]:
+                taken = f"{code['registers']} registers, {code['shared_bytes']} bytes shared"
+                yield f"{where}: no program of {code['warps']} warps fits: {taken}"
             if code["products"] and narrow_type and not code["tensor"]:
                 yield f"{where}: a matrix product without tensor cores"
             if key.split()[0] in case["narrow"]:

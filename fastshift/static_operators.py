@@ -158,9 +158,13 @@ def _backward_into(
     if _is_triton(rows, parameters, layer):
         needs = [wanted] + [True] * len(parameters)
         for gradient in gradients:
-            if gradient.dtype is not torch.float32 or not gradient.is_contiguous():
+            fits = gradient.dtype is torch.float32 and gradient.is_contiguous()
+            if not fits or gradient.storage_offset() % 4:
                 shown = f"{tuple(gradient.shape)} of {gradient.dtype}"
-                raise ValueError(f"gradients: {shown}; expected contiguous float32")
+                raise ValueError(
+                    f"gradients: {shown}, {gradient.storage_offset()} values into its memory; "
+                    "expected contiguous float32 that begins at a multiple of 16 bytes"
+                )
         _operators_triton.backward(
             d_out,
             rows,

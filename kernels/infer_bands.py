@@ -21,14 +21,13 @@ from fastshift.kernels.cards import Card
 from fastshift.kernels.infer_chains import chain_of
 from fastshift.kernels.infer_jobs import InferStep, Job
 from fastshift.kernels.infer_plan import InferPlan
-from fastshift.kernels.infer_tiles import Blocks, block_sizes
+from fastshift.kernels.infer_tiles import REGISTERS, Blocks, block_sizes
 from fastshift.kernels.plan_records import LINE
 
 __all__ = ["BandPlan", "Machine", "choose_bands", "plan_bands", "seconds_by_steps"]
 
 CACHE_SHARE = 0.5  # of the second-level cache that all scratches may have
 _NODES = 8  # of a level that stands for all others where programs share its bands
-_REGISTERS = 65536  # of a multiprocessor
 _FEWEST_WARPS = 8  # of it that hide each other's waiting
 
 
@@ -61,7 +60,7 @@ class Machine:
     def programs(self, blocks: Blocks) -> list[int]:
         """How many there may be: as registers and shared memory admit, or fewer, by halves."""
         registers = ceil_div(blocks.registers, 8) * 8 * 32 * blocks.warps
-        most = min(_REGISTERS // registers, self.card.shared // (blocks.shared + 1024))
+        most = min(REGISTERS // registers, self.card.shared // (blocks.shared + 1024))
         most = max(most, 1)
         least = min(ceil_div(_FEWEST_WARPS, blocks.warps), most)
         halves = [most >> power for power in range(most.bit_length()) if most >> power >= least]

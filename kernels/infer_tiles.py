@@ -8,8 +8,9 @@ import triton
 
 from fastshift.kernels.infer_jobs import InferStep
 
-__all__ = ["Blocks", "block_sizes", "num_tiles"]
+__all__ = ["REGISTERS", "Blocks", "block_sizes", "num_tiles"]
 
+REGISTERS = 65536  # of a multiprocessor
 _SHARED = 96 * 1024  # bytes of shared memory that any card since sm_80 gives a program
 
 
@@ -87,6 +88,7 @@ def block_sizes(
         channels //= 2  # as many warps, or products would be the older tensor cores'
     elif few_sums and not tensor_cores and len(kinds) + apart > 2:
         warps = min(2 * warps, 16)
+    registers = min(registers, REGISTERS // (32 * warps))  # or no program could start
     deepest = max((job["in_channels"] for job in products), default=16)
     # Enough for each thread to read 16 bytes of a chunk at a time.
     depth = max(64 // item_size, 32 * warps * 16 // (64 * item_size))

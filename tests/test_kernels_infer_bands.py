@@ -148,6 +148,7 @@ def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype, few_sum
         assert blocks.positions * blocks.channels <= 32 * 32 * blocks.warps
         assert blocks.positions * blocks.depth <= 16 * 32 * blocks.warps
         assert blocks.warps <= 16
+        assert 32 * blocks.warps * blocks.registers <= 2**16  # a program finds room in all of them
 
 
 def test_a_card_that_holds_few_sums_has_fewer_of_them_in_a_thread_where_jobs_are_of_many_kinds():

@@ -16,6 +16,7 @@ from kernel_cases import DEVICE, NAMES, SHAPES, TrainingCase, buffer, interprete
 from fastshift.kernels import _launch, layer_shares, plan
 from fastshift.kernels import layer as kernels
 from fastshift.operators import implementation, layer_backward, layer_train
+from fastshift.static_operators import layer_backward_into
 from fastshift.testing import FLOORS
 
 pytestmark = pytest.mark.usefixtures("like_a_device")
@@ -319,6 +320,19 @@ def test_gradients_may_be_added_to_what_is_there(population):
     for total, returned, start, gradient in zip(sums, same, before, gradients, strict=True):
         assert returned is total
         assert torch.equal(total, start + gradient)
+
+
+def test_gradients_where_no_wide_access_may_begin_are_refused(monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_BACKEND", "triton")
+    case = TrainingCase("pair", (2, 4, 2, 2), (1, [0], [1]))
+    given = (case.rows, case.parent, case.choice, case.parameters)
+    y, statistics, saved = layer_train(*given, case.text)
+    sums = [torch.zeros(p.numel() + 1, device=DEVICE)[1:].view(p.shape) for p in case.parameters]
+    with pytest.raises(ValueError, match="1 values into its memory; expected contiguous float32"):
+        layer_backward_into(
+            case.rows.new_empty(0), sums, torch.ones_like(y), *given, statistics, saved, case.text
+        )
+    assert not any(total.any() for total in sums)
 
 
 def test_no_nodes_and_no_images_give_no_rows():

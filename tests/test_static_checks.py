@@ -88,6 +88,7 @@ def _record(code=None, counted=100, **changes):
     ("found", "words"),
     [
         (_record(_code(spills=1)), "1 spills"),
+        (_record(_code(registers=130, warps=16, occupancy=0.0)), "no program of 16 warps fits"),
         (_record(_code(stack_bytes=8)), "8 bytes of stack"),
         (_record(_code(tensor={})), "without tensor cores"),
         (_record(_code(products=False)), "no kernel of it has a matrix product"),
