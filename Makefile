@@ -40,12 +40,13 @@ PARALLEL := -n auto --maxprocesses 4 --benchmark-disable
 test: $(VENV)/.made-test
 	$(BIN)/pytest -m "not slow" $(PARALLEL) $(ARGS)
 
-# The tests under the oldest versions that pyproject.toml allows, in an environment of their own; on
-# Python 3.10 or 3.11, which these were made for. What newer parts of theirs deprecate is not ours.
+# The tests under the oldest versions that pyproject.toml allows (of a bound such as >=13 the newest
+# 13.x), in an environment of their own; on Python 3.11 or 3.10, which these were made for. What newer
+# parts of theirs deprecate is not ours.
 OLDEST := $(shell grep -oE '"[a-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"\(.*\)>=\(.*\)/\1~=\2.0/')
 
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest BUILD_TOOLS= TORCH='$(OLDEST)' ARGS="-W ignore::DeprecationWarning $(ARGS)"
+	$(MAKE) test VENV=.venv-oldest PYTHON='$(or $(PYTHON),python3.11 python3.10 python3)' BUILD_TOOLS= TORCH='$(OLDEST)' ARGS="-W ignore::DeprecationWarning $(ARGS)"
 
 test-slow: $(VENV)/.made-test
 	$(BIN)/pytest -m slow $(PARALLEL) $(ARGS)
@@ -102,11 +103,11 @@ bench-gpu: $(VENV)/.made-test
 # What was built and what tools left behind; `distclean` takes the environment and the runs too.
 clean:
 	rm -rf build dist *.egg-info fastshift/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(VENV)/.made-search $(VENV)/.made-test
+	rm -f $(VENV)/.made-search $(VENV)/.made-test .venv-oldest/.made-test
 	find fastshift kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-oldest runs
 
 # The environment, in steps that are each made once; a stamp marks a step that ended well.
 $(VENV)/.made:

@@ -168,7 +168,8 @@ def tests_by_name(tests: dict[str, Iterable[str]]) -> dict[str, tuple[str, bool]
 
 def arguments(names: Iterable[str]) -> list[str]:
     """What pytest takes to run tests, from any folder; a name that is not there is an error."""
-    options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    # A warning that only a GPU's libraries give says nothing of a kernel.
+    options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     return [*options, f"--rootdir={ROOT}", *(str(ROOT / name) for name in names)]
 
 

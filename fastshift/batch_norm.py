@@ -307,6 +307,7 @@ class MovingAverages:
 
 
 @in_turn
+@torch.inference_mode(False)
 def start_ema(supernet: ChainSupernet) -> None:
     """Begin the shift steps' moving averages where pre-training left its own, once."""
     for name, norm in BatchNorms(supernet).items():

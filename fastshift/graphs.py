@@ -108,8 +108,10 @@ class CapturedStep:
             # A product's workspace of the first run lasts until someone clears it. The graph is to
             # take one of its own, which no later graph then takes for its.
             _clear_workspaces()
-            self._graph = _record(self.function, stream, self.pool and self.pool.handle)
-            _clear_workspaces()
+            try:
+                self._graph = _record(self.function, stream, self.pool and self.pool.handle)
+            finally:
+                _clear_workspaces()
         CAPTURES.count += 1
         CAPTURES.seconds += time.perf_counter() - begin
         return self

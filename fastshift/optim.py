@@ -25,9 +25,6 @@ class PathSGD(torch.optim.SGD):
         head_lr_multiplier: the head's learning rate is `lr` times this.
         drift: reproduce torch 1, where unsampled parameters had zero gradients: their momentum and
             weight decay go on moving them. For comparison only.
-
-    Attributes:
-        momenta_version: counts the times that other momenta were loaded.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class PathSGD(torch.optim.SGD):
     ) -> None:
         self.names = {p: name for name, p in supernet.named_parameters()}
         self.drift = drift
-        self.momenta_version = 0
         groups = []
         head = list(supernet.head.parameters())
         for params, scale in ((supernet.trunk_parameters(), 1.0), (head, head_lr_multiplier)):
@@ -77,10 +73,10 @@ class PathSGD(torch.optim.SGD):
                 found[self.names[p]] = state["momentum_buffer"]
         return found
 
+    @torch.inference_mode(False)
     def load_momenta(self, momenta: dict[str, Tensor]) -> None:
         """Take back what `momenta` gave; parameters not named have none."""
         self.state.clear()
-        self.momenta_version += 1
         for p, name in self.names.items():
             if name in momenta:
                 self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momenta[name])

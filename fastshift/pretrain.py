@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastshift import checkpoint
 from fastshift.errors import ConfigError, NonFiniteLossError
@@ -175,6 +176,8 @@ def sample_paths(
     return np.stack(columns, axis=1).astype(np.uint8)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def pretrain(
     supernet: ChainSupernet,
     data: Any,

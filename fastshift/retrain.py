@@ -102,6 +102,8 @@ class Retrained:
     stopped: str | None = None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def retrain(
     space: SearchSpace | ChainSupernet,
     arch: Sequence[int] | str | np.ndarray,
@@ -209,7 +211,8 @@ def top1_error(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     reference = next(net.parameters())
     wrong = images_seen = 0
     for images, labels in batches:
-        logits = net(images.to(reference.device, reference.dtype))
+        with torch.autocast(reference.device.type, enabled=False):
+            logits = net(images.to(reference.device, reference.dtype))
         wrong += int((logits.argmax(dim=1) != labels.to(logits.device)).sum())
         images_seen += len(labels)
     if images_seen == 0:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastshift.identity import with_overrides
 from fastshift.result import SearchResult
 from fastshift.search_loop import Search
@@ -15,6 +17,8 @@ from fastshift.supernet import ChainSupernet
 __all__ = ["Search", "SearchOptions", "SearchResult", "search", "transfer"]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def search(
     supernet: ChainSupernet,
     data: Any,
@@ -81,6 +85,8 @@ def search(
     ).run(stop, quiet=quiet)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def transfer(
     supernet: ChainSupernet, data: Any, *args: Any, seed: int = 0, **keywords: Any
 ) -> SearchResult:

@@ -25,12 +25,12 @@ from fastshift.population_layer import (
     parse_layer,
 )
 from fastshift.supernet import Supernet
+from fastshift.tracing import is_changed
 
 __all__ = [
     "StaticLevel",
     "StaticNorm",
     "buckets",
-    "has_hooks",
     "in_plain_memory",
     "levels_of",
 ]
@@ -194,20 +194,12 @@ def _units_of(op: nn.Module, name: str) -> list[tuple[str, ConvUnit]]:
     return found
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something hangs on a module that expects it to be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _check_module(name: str, module: nn.Module) -> None:
     """Refuse what hangs on a module that is not called."""
-    if has_hooks(module):
-        raise UnsupportedError(f"{name}: it has hooks, which expect that it is called")
+    if is_changed(module):
+        raise UnsupportedError(
+            f"{name}: it has hooks or a forward of its own, which no kernel calls"
+        )
     if hasattr(module, "parametrizations"):
         raise UnsupportedError(f"{name}: its weight is computed by a parametrization")
 
@@ -225,6 +217,7 @@ def _check_unit(name: str, unit: nn.Module) -> None:
     size = unit.kernel_size[0]
     if (
         unit.bias is not None
+        or unit.padding_mode != "zeros"
         or unit.kernel_size != (size, size)
         or unit.padding != (size // 2, size // 2)
         or unit.dilation != (1, 1)

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from fastshift.backends import backend, why_no_triton
 from fastshift.device import fp32_precision
 from fastshift.errors import ConfigError, UnsupportedError
-from fastshift.layers import ConvUnit
+from fastshift.layers import ConvUnit, OpModule
 from fastshift.node_tables import NodeTables
 from fastshift.operators import implementation, saved_floats
 from fastshift.optim import PathSGD
 from fastshift.population_pass import PopulationPass
 from fastshift.row_buffers import InferRows, TrainRows
-from fastshift.static_levels import StaticLevel, has_hooks
+from fastshift.static_levels import StaticLevel
 from fastshift.static_state import StaticState
 from fastshift.static_update import StaticUpdate
 from fastshift.supernet import ChainSupernet
+from fastshift.tracing import has_global_hooks, is_changed
 from fastshift.training_pass import TrainingPass
 from fastshift.trie import Plan
 
@@ -112,6 +113,8 @@ def static_supernet(
         return None, "modules: triton is not installed"
     if device.type == "cpu" and backend() == "reference":
         return None, "modules: FASTSHIFT_BACKEND=reference"
+    if has_global_hooks():
+        return None, "modules: hooks of all modules, which no kernel calls"
     rows = torch.bfloat16 if precision == "bf16" else dtype
     image_size = tuple(sample().shape[1:])
     if len(image_size) != 3:
@@ -352,7 +355,8 @@ class StaticTrainer:
             DataError: a batch norm would meet one value a channel.
         """
         with _settled(self.static.state.device):
-            found = self._training_pass(len(images), self._dropout.p)
+            dropout = self._dropout.p if self._dropout.training else 0.0
+            found = self._training_pass(len(images), dropout)
             found.prepare()
             if self._tables is None or self._tables[0] is not plan:
                 self._tables = plan, self.static.state.tables(plan)
@@ -407,16 +411,20 @@ def _fingerprint(supernet: nn.Module, parts: Sequence[nn.Module]) -> list:
         facts = module.__dict__
         found += map(id, facts["_modules"].values())
         for parameter in facts["_parameters"].values():
-            found += (id(parameter), 0 if parameter is None else parameter.data_ptr())
+            if parameter is not None:
+                found += (id(parameter), parameter.data_ptr(), parameter.stride())
         if type(module) is ConvUnit:
             found += [facts[name] for name in _OF_CONVOLUTIONS]
         elif type(module) is nn.BatchNorm2d:
             found += [facts[name] for name in _OF_NORMS]
-        found.append(has_hooks(module))
+        elif type(module) is OpModule:
+            found.append(module.frame)
+        found.append(is_changed(module))
     return found
 
 
 _OF_CONVOLUTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "activation")
+_OF_CONVOLUTIONS += ("padding_mode",)
 _OF_NORMS = ("eps", "momentum", "track_running_stats")
 _TRAINERS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[object, int]] = WeakKeyDictionary()
 _STATICS: WeakKeyDictionary[nn.Module, StaticSupernet] = WeakKeyDictionary()

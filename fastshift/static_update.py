@@ -64,7 +64,7 @@ class StaticUpdate:
         with torch.inference_mode(False), torch.no_grad():
             self._allocate([i for i, group in enumerate(groups) for _ in group["params"]])
             self._place_averages(ema)
-        self._momenta_version: int | None = None
+        self._fresh: set[Tensor] = set()  # parameters whose momenta are as if never stepped
 
     def _pair_of_each(self, supernet: Supernet) -> list[tuple[int, int] | None]:
         """Block and choice of each parameter; None for stem and head."""
@@ -157,9 +157,11 @@ class StaticUpdate:
         return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters)
 
     def moves(self, ema: Mapping[str, Tensor] | None) -> bool:
-        """Whether these are the moving averages that a captured step moves."""
+        """Whether these are the moving averages that a captured step moves, and how it steps."""
         targets, tracked = self._targets_of(ema)
         now, then = targets + tracked, self._targets + self._tracked
+        if self.nesterov != any(group["nesterov"] for group in self.optimizer.param_groups):
+            return False
         return len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
 
     def begin(self, plan: Plan, scale: float) -> None:
@@ -195,16 +197,18 @@ class StaticUpdate:
 
     def _load_momenta(self) -> None:
         """Take the optimiser's momenta where they are not these."""
-        if self._momenta_version == self.optimizer.momenta_version:
-            return
+        state = self.optimizer.state
         for parameter, momentum in zip(self.parameters, self.momenta, strict=True):
-            found = self.optimizer.state[parameter].get("momentum_buffer")
+            found = state[parameter].get("momentum_buffer") if parameter in state else None
             if found is None:
-                momentum.fill_(-0.0)
-            elif found is not momentum:
+                if parameter not in self._fresh:
+                    momentum.fill_(-0.0)
+                    self._fresh.add(parameter)
+                continue
+            if found is not momentum:
                 momentum.copy_(found)
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
-        self._momenta_version = self.optimizer.momenta_version
+                state[parameter]["momentum_buffer"] = momentum
+            self._fresh.discard(parameter)
 
     def end(self) -> tuple[float, bool]:
         """Read what the update came to, waiting for the device.
@@ -221,6 +225,7 @@ class StaticUpdate:
             for parameter, group in self._groups(changed):
                 if group["momentum"]:
                     self.optimizer.state[parameter]["momentum_buffer"] = momenta[parameter]
+                    self._fresh.discard(parameter)
         return total, bool(moved)
 
     def _groups(self, parameters: Sequence[Tensor]):

@@ -261,6 +261,7 @@ class ChainSupernet(nn.Module):
         return {**self.state_dict(), **{f"ema.{key}": value for key, value in self.ema.items()}}
 
     @in_turn
+    @torch.inference_mode(False)
     def load_tensors(self, tensors: dict[str, Tensor], version: int) -> None:
         """Take back what `tensors` gave.
 

@@ -109,11 +109,14 @@ class PathTrainer:
         if batch_size is not None:
             expect_updates(supernet, self, batch_size)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def update(
         self, plan: Plan, images: Tensor, labels: Tensor, *, position: int, lr: float | None = None
     ) -> float:
         """Make one update, or skip it where a loss or the gradient is not finite.
 
+        A caller's `no_grad`, inference mode and autocast, and gradients there before, stay outside.
         Threads take turns, evaluations included.
 
         Args:
@@ -196,6 +199,9 @@ class PathTrainer:
         reference = next(supernet.parameters())
         images = images.to(reference.device, reference.dtype)
         labels = labels.to(reference.device)
+        # Autograd keeps no tensor of an inference mode.
+        images, labels = (x.clone() if x.is_inference() else x for x in (images, labels))
+        self.optimizer.zero_grad(set_to_none=True)
         averages = MovingAverages(self.norms)
         shares = plan.num_leaves > 1
         before = _random_state(reference.device) if shares else None

@@ -55,6 +55,7 @@ OPS = {
     "kernels": lambda c: [
         op_of([("depthwise", c, c, k, s)], "plain", s) for k, s in ((3, 2), (5, 2), (7, 2))
     ],
+    "kernels_s1": lambda c: [op_of([("depthwise", c, c, k)], "plain") for k in (3, 5, 7)],
     "pair": lambda c: [inverted_residual(c, c, 1, 2, 3), shuffle_unit(c, c, 1, 3)],
     # A depthwise launch is the first that adds to rows' gradients; a later one adds as well.
     "passing": lambda c: [

@@ -124,10 +124,10 @@ def test_batch_norms_without_scale_and_shift():
 
 def test_a_mean_far_from_zero_costs_no_more_digits_than_the_references():
     case = InferCase([projection(16, 8, 1)], (4, 16, 3, 3), (1, (0,), (0,)))
-    case.rows += 100.0
+    case.rows += 1000.0
     raw = case.rows[0].double() @ case.parameters[0].double()[:, :, 0, 0].T
     mean, variance = raw.mean((0, 1, 2)), raw.var((0, 1, 2))
-    assert float((mean.abs() / variance.sqrt()).median()) > 10
+    assert float((mean.abs() / variance.sqrt()).median()) > 100
     case.moments = torch.cat((mean, variance)).float()[None]
     case.assert_accurate(case.run())
 

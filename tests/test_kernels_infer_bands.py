@@ -24,6 +24,7 @@ from fastshift.kernels.infer_jobs import COLUMNS
 from fastshift.kernels.infer_plan import plan_infer
 from fastshift.kernels.plan_records import LINE
 from fastshift.ops import (
+    conv,
     identity,
     inverted_residual,
     projection,
@@ -148,7 +149,14 @@ def test_tiles_are_powers_of_two_that_fit_the_registers(channels, dtype, few_sum
         assert blocks.positions * blocks.channels <= 32 * 32 * blocks.warps
         assert blocks.positions * blocks.depth <= 16 * 32 * blocks.warps
         assert blocks.warps <= 16
-        assert 32 * blocks.warps * blocks.registers <= 2**16  # a program finds room in all of them
+        assert 32 * blocks.warps * blocks.registers <= 2**16
+
+
+def test_a_thread_has_no_more_registers_than_leave_room_for_its_program():
+    ops = [identity(64), conv(64, 64, 3, 1), projection(64, 64, 1)]
+    [step, *_] = plan_infer(parse_layer(layer_text(ops)), 150, 16, 16, 64).steps
+    blocks = infer_tiles.block_sizes(step, 150, 4, tensor_cores=False, few_sums=True)
+    assert (blocks.warps, blocks.registers) == (16, 128)
 
 
 def test_a_card_that_holds_few_sums_has_fewer_of_them_in_a_thread_where_jobs_are_of_many_kinds():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def _assert_accurate(case, use, found=None):
         ("s1", "tiny", "padded", torch.bfloat16),
         ("s2", "tiny", "last_two", torch.float16),
         ("kernels", "tiny", "first_three", torch.float32),
+        ("kernels_s1", "tiny", "first_three", torch.float32),
     ],
     ids=lambda value: NAMES.get(value, value),
 )
@@ -108,16 +110,11 @@ def test_training_and_every_gradient_are_as_accurate_as_the_references(
     _assert_accurate(case, use)
 
 
-GRID = [
-    ("s1", "easy", torch.float32),
-    ("s1", "odd", torch.bfloat16),
-    ("s2", "easy", torch.bfloat16),
-    ("s2", "tiny", torch.float32),
-    ("rare", "odd", torch.float32),
-    ("rare", "tiny", torch.bfloat16),
-    ("kernels", "easy", torch.float32),
-    ("kernels", "odd", torch.float16),
-]
+EACH = ("s1", "s2", "rare", "kernels", "kernels_s1")
+# But where a single draw says nothing: the exact gradient jumps by 13 % of the largest when these
+# rows change by a rounding to bfloat16. Several draws are compared below.
+KINKED = [("s2", "odd", torch.bfloat16)]
+GRID = [case for case in product(EACH, ("easy", "odd", "tiny"), NAMES) if case not in KINKED]
 
 
 @pytest.mark.slow
@@ -225,10 +222,10 @@ def test_no_bit_depends_on_the_order_of_programs(name, monkeypatch, last_program
 
 def test_moments_far_from_zero(use):
     """A mean of a hundred deviations."""
-    case = TrainingCase("one", (4, 8, 5, 5), (1, [0], [1]), at=100.0)
+    case = TrainingCase("one", (4, 8, 5, 5), (1, [0], [1]), at=400.0)
     use("reference")
     exact = case.trained(torch.float64)["statistics"].view(1, 5, -1)
-    assert float((exact[:, 0].abs() / exact[:, 1].sqrt()).median()) > 30
+    assert float((exact[:, 0].abs() / exact[:, 1].sqrt()).median()) > 100
     use("triton")
     _assert_accurate(case, use)
 

@@ -87,6 +87,20 @@ def test_it_is_a_function_of_its_arguments_alone(space, data):
     assert not equal(first.net, other.net)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_a_callers_mode_changes_nothing(mode, space, data):
+    plain = retrain(space, "101", data, seed=3, **QUICK)
+    with mode():
+        found = retrain(space, "101", data, seed=3, **QUICK)
+    assert equal(found.net, plain.net)
+    assert found.test_error == plain.test_error
+    assert all(parameter.requires_grad for parameter in found.net.parameters())
+
+
 def test_it_draws_nothing_from_the_global_generator(space, data):
     torch.manual_seed(5)
     expected = torch.rand(3)

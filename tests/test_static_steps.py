@@ -10,7 +10,7 @@ import pytest
 import torch
 from static_cases import DATA, evaluator_of
 
-from fastshift import Evaluator, search
+from fastshift import Evaluator, pretrain, search
 from fastshift.batch_norm import POLICIES, start_ema
 from fastshift.errors import ConfigError, DataError
 from fastshift.supernet import Supernet
@@ -158,6 +158,31 @@ def test_a_callers_autocast_changes_nothing(steps, monkeypatch):
     assert changed_tensors(plain[2], found[2]) == set()
 
 
+@pytest.mark.parametrize("steps", ["static", "modules"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_callers_mode_keeps_nothing_from_being_trained(mode, steps, monkeypatch):
+    monkeypatch.setenv("FASTSHIFT_STEPS", steps)
+    net = tiny_supernet()
+    options = {"generations": 1, "population": 4, "parents": 2, "top_k": 2, "shift_steps": 2}
+    options |= {"shift_batch_size": 8, "batch_norm": "ema", "quiet": True}
+
+    def everything(trained, updated):
+        pretrain(trained, DATA, steps=2, batch_size=8, lr=0.1, quiet=True)
+        search(trained, DATA, **options)
+        trainer = PathTrainer(updated, lr=0.1)
+        trainer.update(Plan(random_archs(net.space, 3)), *DATA.train.batch(0, 8), position=0)
+        return trained.state_dict(), updated.state_dict()
+
+    plain = everything(copy.deepcopy(net), copy.deepcopy(net))
+    copies = copy.deepcopy(net), copy.deepcopy(net)
+    with mode():
+        found = everything(*copies)
+    assert changed_tensors(net.state_dict(), plain[1])
+    for one, other in zip(found, plain, strict=True):
+        assert changed_tensors(one, other) == set()
+        assert not any(value.is_inference() for value in one.values())
+
+
 # Updates
 
 
@@ -212,6 +237,53 @@ def test_narrow_updates_are_as_accurate_as_one_path_at_a_time(precision, monkeyp
         for run in (found[0], plain[0], exact)
     ]
     assert_as_accurate(*moved)
+
+
+def _loses_momenta(trainer):
+    trainer.optimizer.state.clear()
+
+
+def _takes_others(trainer):
+    state = copy.deepcopy(trainer.optimizer.state_dict())
+    for values in state["state"].values():
+        values["momentum_buffer"].mul_(-3)
+    trainer.optimizer.load_state_dict(state)
+
+
+def _takes_nesterovs(trainer):
+    for group in trainer.optimizer.param_groups:
+        group["nesterov"] = True
+
+
+def _drops_nothing(trainer):
+    trainer.supernet.head.dropout.eval()
+
+
+def _leaves_gradients(trainer):
+    images = DATA.train.batch(9, 4)[0].double()
+    trainer.supernet(images, random_archs(trainer.supernet.space, 1)[0]).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_loses_momenta, _takes_others, _takes_nesterovs, _drops_nothing, _leaves_gradients],
+    ids=lambda change: change.__name__[1:],
+)
+def test_what_a_caller_changes_between_updates_is_seen_by_either_form(change, monkeypatch):
+    def run():
+        net = tiny_supernet(dropout=0.5).double()
+        trainer = PathTrainer(net, lr=0.05)
+        losses = []
+        for position in range(4):
+            if position == 2:
+                change(trainer)
+            plan = Plan(random_archs(net.space, 5, seed=position), 3)
+            losses.append(trainer.update(plan, *DATA.train.batch(position, 8), position=position))
+        return net.state_dict(), losses
+
+    plain, found = _both(monkeypatch, run)
+    assert global_error(found[0].values(), plain[0].values()) < FLOAT64_TOLERANCE
+    assert global_error([found[1]], [plain[1]]) < FLOAT64_TOLERANCE
 
 
 def test_what_no_path_used_keeps_its_bits(static):
@@ -321,6 +393,16 @@ def _with_hook(net):
     return net
 
 
+def _with_own_forward(net):
+    net.blocks[0][1].forward = lambda x: x
+    return net
+
+
+def _with_other_padding(net):
+    next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).padding_mode = "circular"
+    return net
+
+
 def _without_norm(net):
     net.blocks[0][2]._modules["0"].norm = None
     return net
@@ -331,6 +413,8 @@ def _without_norm(net):
     [
         (chain_supernet, "ChainSupernet: its modules have no kernels"),
         (lambda: _with_hook(tiny_supernet()), "blocks.1.2: it has hooks"),
+        (lambda: _with_own_forward(tiny_supernet()), "blocks.0.1: it has hooks or a forward of"),
+        (lambda: _with_other_padding(tiny_supernet()), "stem.0: it was changed into"),
         (lambda: _without_norm(tiny_supernet()), "blocks.0.2.0: it has no batch norm"),
     ],
 )
