@@ -7,8 +7,8 @@ images, for all candidates. With `p = softmax(x)`, smoothing `e` and label `y`,
     d x_k  = d loss_d (p_k - [k = y] + e ([k = y] - 1 / K))
 
 The forward pass reads the logits once and writes two numbers a candidate and tile of images; the
-backward pass reads them once and writes their gradient once. Candidate by candidate PyTorch reads
-and writes them five times in forward and backward, and starts seven kernels.
+backward pass reads them once and writes their gradient once. PyTorch's ops do so candidate by
+candidate, each op a launch and a pass.
 
 Tiles of images are summed in two launches, each in a fixed order, so results repeat bit for bit;
 where one tile holds all images there is one launch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 import fastshift as fs
 from fastshift.backends import why_no_triton
 from fastshift.batch_norm import start_ema
+from fastshift.cli import main
 from fastshift.evaluator import uploaded
 from fastshift.graphs import CAPTURES, CapturedStep
 from fastshift.prefetch import PrefetchedBatches, PrefetchedTrain, Prefetcher
@@ -473,3 +475,53 @@ def test_scoring_data_copied_ahead_gives_the_same_scores_to_the_bit():
     plain = _evaluator(net).evaluate(archs)
     assert found.computed == plain.computed == "captured"
     assert np.array_equal(found.losses, plain.losses)
+
+
+# What users type
+
+
+def _commands(folder, device):
+    """A search from nothing, a transfer and an export on a device: results and the folder."""
+    images = ["--data=digits", "--limit=200", "--validation-size=60", "--calibration-batches=1"]
+    images += ["--calibration-batch-size=40", "--quiet", f"--device={device}"]
+    sizes = ["--generations=1", "--population=4", "--parents=2", "--top-k=2", "--shift-steps=2"]
+    sizes += ["--shift-batch-size=16"]
+    space, run, carried = "--space=digits", folder / "run", folder / "carried"
+    stage = ["--pretrain-steps=3", "--pretrain-batch-size=16"]
+    assert main(["search", space, *images, *sizes, *stage, f"--out={run}"]) == 0
+    again = [space, f"--supernet={run}", *images]
+    assert main(["transfer", *again, *sizes, "--head-warmup-steps=2", f"--out={carried}"]) == 0
+    assert main(["export", *again, "--arch=best", f"--out={folder / 'net.pt2'}"]) == 0
+    return [json.loads((out / "result.json").read_text()) for out in (run, carried)]
+
+
+def test_the_commands_run_on_a_gpu_and_what_they_leave_is_read_without_one(tmp_path):
+    for found in _commands(tmp_path, "cuda"):
+        assert {name: found["computed"][name] for name in CAPTURED} == CAPTURED
+        assert found["computed"]["augment"][0].startswith("on cuda")
+    network = torch.export.load(tmp_path / "net.pt2").module()
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    kept, _ = fs.load_supernet(tmp_path / "run")
+    assert all(value.device.type == "cpu" for value in kept.tensors().values())
+
+
+def test_pretraining_on_images_that_lie_on_the_gpu_is_as_accurate_as_on_the_host():
+    images, labels = (torch.cat(part).numpy() for part in zip(*DATA.validation, strict=True))
+    images = np.clip(images.transpose(0, 2, 3, 1) * 40 + 128, 0, 255).astype(np.uint8)
+    options = {"validation_size": 8, "calibration_batches": 1, "calibration_batch_size": 8}
+
+    def trained(device, dtype=torch.float32):
+        data = fs.data.from_arrays(images, labels, device=device, **options)
+        net = tiny_supernet().to(device, dtype)
+        start = {name: value.clone() for name, value in net.tensors().items()}
+        done = fs.pretrain(net, data, steps=2, batch_size=8, lr=0.05)
+        return done, _moved(net.tensors(), start)
+
+    (found, moved), (_, plain), (_, exact) = (
+        trained("cuda"),
+        trained("cpu"),
+        trained("cpu", torch.float64),
+    )
+    assert found.computed == "captured"
+    assert found.augmented.startswith("on cuda")
+    assert_as_accurate(moved, plain, exact)
